@@ -1,0 +1,18 @@
+"""The hardware. The only place in Aetheria where a kind of device is spelled out."""
+
+from aetheria.accelerator.cpu import CPUAccelerator
+from aetheria.accelerator.cuda import GPUAccelerator
+from aetheria.accelerator.device import DeviceAccelerator
+from aetheria.accelerator.mps import MPSAccelerator
+from aetheria.accelerator.select import create_accelerator
+from aetheria.core import Accelerator, recursive_to_device
+
+__all__ = [
+    "Accelerator",
+    "CPUAccelerator",
+    "DeviceAccelerator",
+    "GPUAccelerator",
+    "MPSAccelerator",
+    "create_accelerator",
+    "recursive_to_device",
+]

@@ -1,0 +1,134 @@
+"""When a snapshot is due, and which ones stay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from aetheria.config import SnapshotsConfig
+from aetheria.errors import ConfigError, SnapshotDamagedError, SnapshotVersionError, did_you_mean
+from aetheria.snapshot import KeepBest, Manifest, SnapshotContent, SnapshotWriter, list_snapshots, superfluous
+from aetheria.snapshot.format import folder_name
+from aetheria.snapshot.writer import remove_snapshot
+
+__all__ = ["SnapshotKeeper"]
+
+
+class SnapshotKeeper:
+    """Decides when snapshots are taken, and lets the old ones go once newer ones are durable.
+
+    Args:
+        folder: the run's `snapshots/`.
+        config: intervals and retention.
+        synchronize: waits for the device's copies to host memory.
+        before_commit: makes durable what must not be behind a snapshot.
+        notify: called, on the writer's thread, when a snapshot has become durable or has failed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: SnapshotsConfig,
+        synchronize: Callable[[], None],
+        before_commit: Callable[[], object],
+        notify: Callable[[], None],
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.rules: list[KeepBest] = []
+        if config.keep_best is not None:
+            self.rules.append(KeepBest(config.keep_best.metric, config.keep_best.mode, config.keep_best.k))
+        self.reason = ""
+        self.last_step = -1
+        self.stalled_seconds = 0.0
+        self._notify = notify
+        self._last_time = time.monotonic()
+        self._writer = SnapshotWriter(folder, synchronize, before_commit, self._committed)
+        self._writer.clean()
+
+    # --- when ------------------------------------------------------------------------------------------------------
+    def deadline(self) -> float:
+        """Returns when, on the monotonic clock, the next snapshot is due by time."""
+        seconds = self.config.every_seconds
+        return float("inf") if seconds is None else self._last_time + seconds
+
+    def request(self, reason: str) -> None:
+        """Asks for a snapshot at the next boundary."""
+        self.reason = self.reason or reason
+
+    def due(self, step: int) -> str:
+        """Returns why a snapshot is due at this boundary, or an empty string."""
+        if step == self.last_step:
+            return ""
+        if self.config.every_steps is not None and step and step % self.config.every_steps == 0:
+            return self.reason or f"every {self.config.every_steps} steps"
+        if time.monotonic() >= self.deadline():
+            return self.reason or f"every {self.config.every_seconds:g} seconds"
+        return self.reason
+
+    def end_epoch(self, epochs_done: int) -> None:
+        """Asks for a snapshot if one is due after this many epochs."""
+        every = self.config.every_epochs
+        if every is not None and epochs_done % every == 0:
+            self.request(f"every {every} epochs" if every > 1 else "end of epoch")
+
+    def judge(self, metrics: Mapping[str, float]) -> None:
+        """Asks for a snapshot if a metric is among the best that are to be kept."""
+        for rule in self.rules:
+            value = metrics.get(rule.metric)
+            if value is not None and rule.admits(value, self._manifests()):
+                self.request(f"best {rule.metric}")
+
+    def check_rules(self, metrics: Mapping[str, float], validation: bool) -> None:
+        """Raises if a metric that the best are kept by is not among those that there are.
+
+        Args:
+            metrics: of an epoch, or of a validation.
+            validation: which of the two; the rules for the other kind are left alone.
+
+        Raises:
+            ConfigError: naming the metrics that there are.
+        """
+        for rule in self.rules:
+            if rule.metric.startswith("val_") == validation and rule.metric not in metrics:
+                raise ConfigError(
+                    f"the best snapshots are to be kept by '{rule.metric}', which this run does not have. "
+                    + (did_you_mean(rule.metric, metrics) if metrics else "It is never validated.")
+                )
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+    def save(self, content: SnapshotContent) -> None:
+        """Takes a snapshot; returns when its content has been copied to host memory."""
+        begun = time.monotonic()
+        self._writer.save(content)
+        self.last_step = content.manifest.step
+        self.reason = ""
+        self._last_time = time.monotonic()
+        self.stalled_seconds += self._last_time - begun
+
+    def finished(self) -> Path | None:
+        """Returns a snapshot that has become durable since the last call; raises if it could not be written."""
+        return self._writer.finished()
+
+    def wait(self) -> Path | None:
+        """Waits for the snapshot in progress, and returns it."""
+        return self._writer.wait()
+
+    def close(self) -> None:
+        """Ends the writing thread."""
+        self._writer.close()
+
+    def _committed(self, _path: Path) -> None:
+        for manifest in superfluous(self._manifests(), self.config.keep_last, self.rules):
+            remove_snapshot(self.folder / folder_name(manifest.step))
+        self._notify()
+
+    def _manifests(self) -> list[Manifest]:
+        manifests = []
+        for snapshot in list_snapshots(self.folder):
+            try:
+                manifests.append(snapshot.manifest)
+            except (SnapshotDamagedError, SnapshotVersionError):
+                continue  # not ours to judge: it neither counts nor is it removed
+        return manifests

@@ -1,0 +1,191 @@
+"""What goes into a snapshot, and how a run is put back into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from aetheria.core import Accelerator, AetherModel
+from aetheria.data import BatchSource
+from aetheria.data.randomness import GeneratorStates
+from aetheria.engine.hooks import Hooks
+from aetheria.engine.metrics import MetricMeans
+from aetheria.engine.schedules import Schedules
+from aetheria.errors import SnapshotMismatchError
+from aetheria.registry import Registry
+from aetheria.runs import now, versions
+from aetheria.snapshot import Manifest, Snapshot, SnapshotContent
+from aetheria.snapshot.format import clean_name, model_tensors
+
+__all__ = ["RunParts", "describe_model", "restore_model"]
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """Everything in a run that has a state of its own, besides the loop."""
+
+    model: AetherModel
+    schedules: Schedules
+    accelerator: Accelerator
+    hooks: Hooks
+    means: MetricMeans
+    source: BatchSource
+
+    def capture(
+        self, loop: dict[str, Any], *, run_id: str, step: int, epoch: int, reason: str, metrics: dict[str, float]
+    ) -> SnapshotContent:
+        """Returns everything needed to continue from here. The tensors are the live ones.
+
+        Args:
+            loop: the loop's own state: plain containers.
+            run_id: the run that takes it.
+            step: optimiser steps taken.
+            epoch: the epoch it lies in.
+            reason: why it is taken.
+            metrics: of exactly this step.
+        """
+        weights, extra = model_tensors(self.model)
+        manifest = Manifest(
+            run_id=run_id,
+            step=step,
+            epoch=epoch,
+            created=now(),
+            reason=reason,
+            metrics=metrics,
+            model=describe_model(self.model),
+            optimizer=self.schedules.describe(),
+            world_size=self.accelerator.world_size,
+            versions=versions(),
+        )
+        state = {
+            "loop": loop,
+            "optimizer": self.schedules.plan.optimizer.state_dict(),
+            "schedulers": self.schedules.state_dict(),
+            "accelerator": self.accelerator.state_dict(),
+            "callbacks": self.hooks.state_dict(),
+            "means": self.means.state_dict(),
+            "model_extra": extra,
+        }
+        rank_state = {
+            "generators": GeneratorStates.capture().to_plain(),
+            "device_generator": self.accelerator.generator_state(),
+            "loader": self.source.state_dict(),
+        }
+        return SnapshotContent(manifest, weights, state, rank_state)
+
+    def restore(self, snapshot: Snapshot) -> tuple[dict[str, Any], Callable[[], None], list[str]]:
+        """Puts everything back, except the random generators.
+
+        Returns:
+            The loop's state; a function that restores the generators, to be called when nothing else will draw from
+            them before the first step; and warnings.
+
+        Raises:
+            SnapshotMismatchError: the snapshot is of another model or another optimiser.
+        """
+        state, rank_state = snapshot.state(), snapshot.rank_state(self.accelerator.rank)
+        restore_model(self.model, snapshot.weights(), state["model_extra"])
+        _restore_optimizer(self.schedules, snapshot.manifest.optimizer, state)
+        self.accelerator.load_state_dict(state["accelerator"])
+        self.means.load_state_dict(state["means"])
+        self.source.load_state_dict(rank_state["loader"])
+        warnings = [
+            f"the snapshot holds the state of a callback {name}, which this run does not have; it is left out"
+            for name in self.hooks.load_state_dict(state["callbacks"])
+        ]
+        then, here = snapshot.manifest.versions, versions()
+        if changed := [
+            f"{name} {then[name]} -> {here[name]}" for name in then.keys() & here if then[name] != here[name]
+        ]:
+            warnings.append(f"versions changed since the snapshot ({', '.join(changed)}): bits may differ from here on")
+
+        def restore_generators() -> None:
+            GeneratorStates.from_plain(rank_state["generators"]).restore()
+            if isinstance(device := rank_state["device_generator"], Tensor):
+                self.accelerator.set_generator_state(device)
+
+        return state["loop"], restore_generators, warnings
+
+
+def describe_model(model: AetherModel) -> dict[str, Any]:
+    """Returns what a manifest says about a model: enough to build it again, where it is registered."""
+    stored: dict[str, Any] = {}
+    unstored = []
+    for name, value in model.hyperparameters.items():
+        if _is_json(value):
+            stored[name] = value
+        else:
+            unstored.append(name)
+    return {
+        "name": Registry.name_of("model", type(model)),
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "hyperparameters": stored,
+        "unstored": unstored,
+    }
+
+
+def _is_json(value: Any) -> bool:
+    if value is None or isinstance(value, bool | int | float | str):
+        return True
+    if isinstance(value, list | tuple):
+        return all(_is_json(item) for item in value)
+    return isinstance(value, dict) and all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+
+
+def restore_model(model: nn.Module, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
+    """Copies weights and buffers into a model, in place.
+
+    Args:
+        model: what is written to.
+        tensors: by clean names, as a snapshot holds them.
+        extra: extra state, by clean names.
+
+    Raises:
+        SnapshotMismatchError: names, shapes or dtypes differ; the message shows the first of each.
+    """
+    own, own_extra = model_tensors(model)
+    problems = []
+    if missing := [name for name in own if name not in tensors]:
+        problems.append(f"it lacks {_some(missing)}")
+    if unexpected := [name for name in tensors if name not in own]:
+        problems.append(f"it has {_some(unexpected)}, which the model does not")
+    for name in own.keys() & tensors.keys():
+        theirs, ours = tensors[name], own[name]
+        if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+            problems.append(
+                f"{name} is {list(theirs.shape)} {theirs.dtype} there and {list(ours.shape)} {ours.dtype} here"
+            )
+    if problems:
+        raise SnapshotMismatchError(
+            f"the snapshot is of another model: {'; '.join(problems[:4])}. "
+            "Resume with the model and the parameters it was trained with."
+        )
+    saved = {**tensors, **{name: extra[name] for name in own_extra if name in extra}}
+    model.load_state_dict({name: saved[clean_name(name)] for name in model.state_dict() if clean_name(name) in saved})
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _restore_optimizer(schedules: Schedules, saved: dict[str, Any], state: dict[str, Any]) -> None:
+    if saved != (ours := schedules.describe()):
+        raise SnapshotMismatchError(
+            f"the snapshot is of another optimiser: {_describe(saved)} there, {_describe(ours)} here. "
+            "Resume with the model's configure_optimizers as it was, or start a new run."
+        )
+    optimizer: Optimizer = schedules.plan.optimizer
+    optimizer.load_state_dict(state["optimizer"])
+    schedules.load_state_dict(state["schedulers"])
+    # Schedulers warn when they are stepped before the optimiser was, and look at this mark; it was, in a former life.
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _describe(description: Mapping[str, Any]) -> str:
+    groups = "+".join(map(str, description.get("groups", [])))
+    schedulers = ", ".join(description.get("schedulers", [])) or "no scheduler"
+    return f"{description.get('class')} over {groups} parameters with {schedulers}"

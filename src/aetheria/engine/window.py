@@ -1,0 +1,219 @@
+"""The window: the micro-batches of one optimiser step, from fetching them to taking it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from aetheria.core import Accelerator, AetherModel, LateAnswer, MicroBatch
+from aetheria.engine.buffers import BufferGuard
+from aetheria.engine.hooks import Hooks
+from aetheria.engine.metrics import NOT_METRICS
+from aetheria.errors import ModelError
+
+__all__ = ["Window", "WindowRunner", "windows"]
+
+
+@dataclass(slots=True)
+class Window:
+    """The micro-batches accumulated into one step, and what became of them.
+
+    Attributes:
+        batches: what was fetched, on the device.
+        metrics: of each micro-batch that was computed: its values and its weight.
+        norm: total norm of the gradients before clipping, where it was needed.
+        taken: whether the optimiser step was taken; a device may answer late.
+    """
+
+    batches: list[MicroBatch]
+    metrics: list[tuple[dict[str, Any], float | Tensor]] = field(default_factory=list)
+    norm: Tensor | None = None
+    taken: bool | LateAnswer = False
+
+    @property
+    def samples(self) -> int:
+        """The number of samples in it."""
+        return sum(batch.size for batch in self.batches)
+
+    def merged_metrics(self) -> dict[str, Any]:
+        """Returns the metrics over the whole window: weighted means of what its micro-batches have in common."""
+        if len(self.metrics) == 1:
+            return self.metrics[0][0]
+        total = sum(weight for _, weight in self.metrics)
+        common = set.intersection(*(set(values) for values, _ in self.metrics))
+        return {name: sum(values[name] * weight for values, weight in self.metrics) / total for name in common}
+
+    def sample_ids(self) -> list[Any] | None:
+        """Returns the ids of its samples, or None for data without ids."""
+        known = [batch.ids for batch in self.batches if batch.ids is not None]
+        return np.concatenate(known).tolist() if known else None
+
+
+def windows(batches: Iterator[MicroBatch], size: int) -> Iterator[Window]:
+    """Groups micro-batches into windows; the last one of an epoch may be short, and nothing is carried over."""
+    while group := list(islice(batches, size)):
+        yield Window(group)
+
+
+class WindowRunner:
+    """Computes windows: forward, backward, guard, clip, step.
+
+    The gradient is that of the loss over the whole window: the mean over all its samples, or over all its tokens where
+    the model returns "weight". It is not the mean of the micro-batches' means.
+
+    Args:
+        model: in training mode.
+        optimizer: what takes the step.
+        accelerator: the hardware.
+        hooks: for `on_before_step`.
+        training_step: runs the model's training step on a batch.
+        max_grad_norm: clip the total norm of the gradients to this.
+        max_grad_value: clip every element of the gradients to this.
+    """
+
+    def __init__(
+        self,
+        model: AetherModel,
+        optimizer: Optimizer,
+        accelerator: Accelerator,
+        hooks: Hooks,
+        training_step: Callable[[Any], dict[str, Tensor]],
+        max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
+    ) -> None:
+        self.max_grad_norm = max_grad_norm
+        self.max_grad_value = max_grad_value
+        self._optimizer = optimizer
+        self._accelerator = accelerator
+        self._hooks = hooks
+        self._training_step = training_step
+        self._before_step = hooks.wanted("on_before_step")
+        self._buffers = BufferGuard(model)
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def backward(self, window: Window) -> None:
+        """Accumulates the gradients of a window's loss."""
+        batches = window.batches
+        if len(batches) == 1:
+            batch = batches[0]
+            outputs = self._forward(batch)
+            self._backward(outputs["loss"], outputs)
+            self._note(window, outputs, outputs.get("weight", batch.size))
+            return
+        # The weights of the later micro-batches are not known yet. So each loss is weighted in proportion to the
+        # number of samples, which is, and the gradients are put right at the end if the weights turn out otherwise.
+        samples = window.samples
+        total: float | Tensor = 0.0
+        weighted = False
+        for number, batch in enumerate(batches, 1):
+            if number < len(batches):
+                with self._accelerator.no_sync():
+                    weight = self._accumulate(window, batch, samples)
+            else:
+                weight = self._accumulate(window, batch, samples)
+            total = total + weight
+            weighted = weighted or weight is not batch.size  # that very object, unless the model gave its own
+        if weighted and (gradients := self._gradients()):
+            torch._foreach_mul_(gradients, samples / total)
+
+    def _accumulate(self, window: Window, batch: MicroBatch, samples: int) -> float | Tensor:
+        outputs = self._forward(batch)
+        weight: float | Tensor = outputs.get("weight", batch.size)
+        if isinstance(weight, Tensor):
+            weight = weight.detach()
+            # Exact where it is free to read; as precise as the loss where reading it would mean waiting.
+            weight = float(weight) if weight.device.type == "cpu" else weight.to(_precise(outputs["loss"]))
+        # A micro-batch of which nothing counts has a loss of 0/0; its share of the window's loss is exactly nothing.
+        # (On a device nobody looks: there the guard meets the NaN, and drops the window.)
+        if isinstance(weight, Tensor) or weight:
+            self._backward(outputs["loss"] * (weight / samples), outputs)
+        self._note(window, outputs, weight)
+        return weight
+
+    def _forward(self, batch: MicroBatch) -> dict[str, Tensor]:
+        with self._accelerator.forward_context():
+            outputs = self._training_step(batch.data)
+        if not isinstance(outputs, dict) or "loss" not in outputs:
+            raise ModelError(_without_loss(outputs))
+        return outputs
+
+    def _backward(self, loss: Tensor, outputs: dict[str, Tensor]) -> None:
+        try:
+            self._accelerator.backward(loss)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            if problem := _wrong_with(outputs["loss"]):
+                raise ModelError(problem) from error
+            raise
+
+    @staticmethod
+    def _note(window: Window, outputs: dict[str, Any], weight: float | Tensor) -> None:
+        values = {
+            name: value.detach() if isinstance(value, Tensor) else value
+            for name, value in outputs.items()
+            if name not in NOT_METRICS
+        }
+        window.metrics.append((values, weight.detach() if isinstance(weight, Tensor) else weight))
+
+    def _gradients(self) -> list[Tensor]:
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        # A sparse gradient is its values: whatever is not stored in it is zero, and stays zero.
+        return [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+
+    def step(self, window: Window) -> None:
+        """Guards, clips and takes the step; `window.taken` says whether. A window that is dropped changes nothing."""
+        accelerator = self._accelerator
+        gradients = self._gradients()
+        if gradients:
+            accelerator.unscale(self._optimizer)
+            if self._before_step:
+                self._hooks.call("on_before_step")
+            norm = None
+            if self.max_grad_norm is not None:
+                norm = window.norm = torch.nn.utils.get_total_norm(gradients)
+            nonfinite = accelerator.check_finite(gradients, norm)
+            if norm is not None and self.max_grad_norm is not None:
+                accelerator.clip_grad_norm(gradients, self.max_grad_norm, norm)
+            elif self.max_grad_value is not None:
+                torch._foreach_clamp_min_(gradients, -self.max_grad_value)
+                torch._foreach_clamp_max_(gradients, self.max_grad_value)
+            window.taken = accelerator.step(self._optimizer, nonfinite)
+            if self._buffers.any:
+                self._buffers.settle(window.taken, nonfinite)
+
+    def zero(self) -> None:
+        """Lets the gradients go."""
+        self._optimizer.zero_grad()
+
+
+def _precise(loss: Tensor) -> torch.dtype:
+    return torch.float64 if loss.dtype is torch.float64 else torch.float32
+
+
+def _without_loss(outputs: Any) -> str:
+    expected = 'expected a dictionary with "loss": a scalar tensor with a gradient'
+    if not isinstance(outputs, dict):
+        return f"training_step returned a {type(outputs).__name__}; {expected}."
+    return f'training_step returned a dictionary without "loss" (it has {sorted(map(str, outputs))}); {expected}.'
+
+
+def _wrong_with(loss: Any) -> str:
+    if not isinstance(loss, Tensor):
+        return f'training_step returned "loss" as a {type(loss).__name__}; expected a scalar tensor with a gradient.'
+    if loss.numel() != 1:
+        return (
+            f'training_step returned "loss" of shape {list(loss.shape)}; expected a scalar. Take its mean(); the losses '
+            'of single samples go under "sample_loss".'
+        )
+    if not loss.requires_grad:
+        return (
+            'training_step returned a "loss" without a gradient: nothing it was computed from requires one. Is it '
+            "detached, computed under no_grad, or is every parameter frozen?"
+        )
+    return ""

@@ -1,0 +1,525 @@
+"""The state machine of a run: epochs, windows, boundaries. Everything it does, a part in `engine/` does for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from aetheria.accelerator import create_accelerator
+from aetheria.accelerator.select import make_deterministic
+from aetheria.config import TrainingConfig
+from aetheria.core import Accelerator, AetherDataModule, AetherModel, Callback, RunEvent, RunResult
+from aetheria.data import BatchSource, Cursor, LoaderDataModule, prepare_loader
+from aetheria.data.order import mix
+from aetheria.data.randomness import isolated_generators, seed_generators
+from aetheria.data.sources import FixedSource
+from aetheria.engine.evaluation import evaluate
+from aetheria.engine.hooks import Hooks
+from aetheria.engine.keeper import SnapshotKeeper
+from aetheria.engine.metrics import MetricMeans
+from aetheria.engine.opening import open_run
+from aetheria.engine.reporting import Reporter
+from aetheria.engine.schedules import Schedules, as_plan
+from aetheria.engine.signals import StopSignals
+from aetheria.engine.state import RunParts
+from aetheria.engine.window import Window, WindowRunner, windows
+from aetheria.errors import DataError, NonFiniteError, RunFolderError
+from aetheria.loom.recorder import Recorder
+from aetheria.registry import Registry
+from aetheria.snapshot import KeepBest, weights_digest
+from aetheria.snapshot.format import model_tensors
+
+__all__ = ["Orchestrator"]
+
+DATA_STREAM, TRAINING_STREAM = 6, 7  # parts of keys, so that no two uses share a stream
+
+
+class Orchestrator:
+    """Trains a model. It is its callbacks' `TrainingContext`.
+
+    Args:
+        model: what is trained.
+        data: where the samples come from: a data module, or a training loader.
+        config: how.
+        accelerator: the hardware; by default what the configuration asks for.
+        callbacks: besides those that the configuration names.
+
+    Attributes:
+        cursor: where training is in its data.
+        global_step: optimiser steps taken since the run began.
+        history: the metrics of every epoch, oldest first.
+    """
+
+    def __init__(
+        self,
+        model: AetherModel,
+        data: AetherDataModule | Iterable[Any],
+        config: TrainingConfig,
+        accelerator: Accelerator | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.model = model
+        self.data = data if isinstance(data, AetherDataModule) else LoaderDataModule(data)
+        self.config = config
+        self.accelerator = create_accelerator(config) if accelerator is None else accelerator
+        self.callbacks = [*_configured_callbacks(config), *callbacks]
+        self.cursor = Cursor()
+        self.global_step = 0
+        self.history: list[dict[str, float]] = []
+        self._skipped_in_a_row = 0
+        self._done_at = {"log": 0, "validation": 0}  # the steps at which a boundary's duties were last fulfilled
+        self._fresh: dict[str, float] = {}  # metrics of exactly this step: what a snapshot taken here is worth
+        self._stop_reason = ""
+        self._status: Literal["completed", "stopped", "interrupted"] = "completed"
+        self._unsettled: Window | None = None
+        self._pending = False
+        self._next_due = 0
+
+    # --- what callbacks see ----------------------------------------------------------------------------------------
+    @property
+    def epoch(self) -> int:
+        return self.cursor.epoch
+
+    @property
+    def samples_seen(self) -> int:
+        return self.cursor.total_samples
+
+    @property
+    def max_epochs(self) -> int | None:
+        return self.config.epochs
+
+    @property
+    def max_steps(self) -> int | None:
+        return self.config.max_steps
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        batches = self._train.batches_per_epoch
+        return None if batches is None else -(-batches // self.config.grad_accumulation_steps)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self._schedules.plan.optimizer
+
+    @property
+    def folder(self) -> Path:
+        return self._opened.folder.path
+
+    @property
+    def run_id(self) -> str:
+        return self._opened.folder.run_id
+
+    def request_stop(self, reason: str) -> None:
+        self._stop_reason = self._stop_reason or reason
+        self._pending = True
+
+    def request_snapshot(self, reason: str) -> None:
+        self._keeper.request(reason)
+        self._pending = True
+
+    def keep_best(self, metric: str, mode: Literal["min", "max"], k: int) -> None:
+        self._keeper.rules.append(KeepBest(metric, mode, k))
+
+    def log(self, metrics: Mapping[str, float | Tensor]) -> None:
+        self._reporter.add(metrics)
+
+    def record(self, kind: str, message: str, **data: Any) -> None:
+        self._reporter.record(RunEvent(kind, self.global_step, message, data))
+
+    # --- a run, from outside ---------------------------------------------------------------------------------------
+    def run(self, resume_from: str | Path | None = None) -> RunResult:
+        """Trains until the configured end, a request to stop, or a signal.
+
+        Args:
+            resume_from: a run folder (its newest good snapshot is taken, and the run goes on in that folder), a
+                snapshot (likewise, if it is that one; an older one starts a new run from there), or "latest": the
+                newest run in `runs_dir`.
+
+        Raises:
+            AetheriaError: what the user can put right: configuration, model, data, snapshot, run folder.
+            BaseException: whatever the model, the data or a critical callback raised, with its own traceback.
+        """
+        self._opened = open_run(self.config, self.model, resume_from)
+        with ExitStack() as closing:
+            closing.callback(self._opened.folder.release)
+            recorder = Recorder(self.folder / "run.db", self._opened.step)
+            closing.callback(recorder.close)
+            self._hooks = Hooks(self.callbacks, lambda message, trace: self.record("error", message, traceback=trace))
+            self._reporter = Reporter(self.accelerator, self._hooks, recorder)
+            self._keeper = SnapshotKeeper(
+                self._opened.folder.snapshots,
+                self.config.snapshots,
+                self.accelerator.synchronize,
+                recorder.flush,
+                self._notify,
+            )
+            closing.callback(self._keeper.close)
+            closing.callback(self.accelerator.cleanup)
+            with StopSignals(self._notify) as self._signals:
+                try:
+                    self._prepare()
+                    self._train_until_done()
+                    return self._finish()
+                except BaseException as error:
+                    self._fail(error)
+                    raise
+                finally:
+                    self._hooks.call("teardown")
+
+    def _prepare(self) -> None:
+        config, opened = self.config, self._opened
+        opened.folder.update(status="running")
+        for callback in self.callbacks:
+            callback.context = self
+        for warning in opened.warnings:
+            self.record("warning", warning)
+        make_deterministic(config.deterministic)
+        seed_generators(mix(config.seed, TRAINING_STREAM, self.accelerator.rank))
+        self.accelerator.setup(self.model)
+        self._schedules = Schedules(as_plan(self.model.configure_optimizers()))
+        self.accelerator.setup_optimizer(self.optimizer)
+        with isolated_generators(mix(config.seed, DATA_STREAM)):
+            self._prepare_data()
+        self._means = MetricMeans(self.accelerator.device)
+        self._parts = RunParts(self.model, self._schedules, self.accelerator, self._hooks, self._means, self._train)
+        self._hooks.call("log_hyperparameters", config.resolved())
+        restore_generators: Callable[[], None] = lambda: None  # noqa: E731
+        if opened.snapshot is not None:
+            loop, restore_generators, warnings = self._parts.restore(opened.snapshot)
+            self._load_loop_state(loop)
+            for warning in warnings:
+                self.record("warning", warning)
+        self.model.train()
+        self._hooks.call("on_train_start")
+        if self._val is None or (config.val_interval is None and config.val_every_steps is None):
+            self._keeper.check_rules({}, validation=True)
+        self._training_step, self._validation_step = (
+            self._compiled(name) for name in ("training_step", "validation_step")
+        )
+        self._runner = WindowRunner(
+            self.model,
+            self.optimizer,
+            self.accelerator,
+            self._hooks,
+            self._training_step,
+            config.max_grad_norm,
+            config.max_grad_value,
+        )
+        self._on_batch_end = self._hooks.wanted("on_batch_end")
+        restore_generators()
+
+    def _loop_state(self) -> dict[str, Any]:
+        return {
+            "cursor": self.cursor.state_dict(),
+            "global_step": self.global_step,
+            "history": self.history,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "done_at": self._done_at,
+            "fresh": self._fresh,
+        }
+
+    def _load_loop_state(self, state: dict[str, Any]) -> None:
+        self.cursor = Cursor.from_state(state["cursor"])
+        self.global_step = state["global_step"]
+        self.history = state["history"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._done_at = state["done_at"]
+        self._fresh = state["fresh"]
+
+    def _prepare_data(self) -> None:
+        config = self.config
+        self.data.prepare_data()
+        self.data.setup()
+
+        def prepared(loader: Iterable[Any] | None, role: Literal["train", "val"], **options: Any) -> BatchSource | None:
+            if loader is None:
+                return None
+            source = prepare_loader(loader, role=role, seed=config.seed, seed_samples=config.sample_seeding, **options)
+            if source.warning and role == "train":
+                self.record("warning", source.warning)
+            return source
+
+        train = prepared(
+            self.data.train_dataloader(),
+            "train",
+            window_batches=config.grad_accumulation_steps,
+            limit=config.limit_train_batches,
+            expected_batch_size=config.micro_batch_size(self.accelerator.world_size),
+        )
+        if train is None:
+            raise DataError("train_dataloader returned None; expected a DataLoader, a list of batches or an iterable.")
+        self._train = train
+        self._val = prepared(self.data.val_dataloader(), "val", limit=config.limit_val_batches)
+        if config.overfit_batches is not None:
+            self._train = FixedSource(self._train, config.overfit_batches)
+            self._val = self._val and self._train
+
+    def _compiled(self, name: str) -> Any:
+        function = self.accelerator.step_function(self.model, name)
+        if self.config.compile is False:
+            return function
+        options = {} if self.config.compile is True else self.config.compile.model_dump()
+        return torch.compile(function, **options)
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+    def _train_until_done(self) -> None:
+        self._boundary()  # what a resumed run still owes to the boundary at which it was saved
+        while not self._done():
+            self._run_epoch()
+
+    def _run_epoch(self) -> None:
+        if self.cursor.windows == 0:
+            self._hooks.call("on_epoch_start")
+        for window in self._windows():
+            self._step(window)
+            if (
+                self._pending
+                or self.global_step + (self._unsettled is not None) >= self._next_due
+                or time.monotonic() >= self._deadline
+            ):
+                self._boundary()
+                if self._done():
+                    return
+        self._end_epoch()
+
+    def _windows(self) -> Iterator[Window]:
+        size = self.config.grad_accumulation_steps
+        batches = self._train.iterate(self.cursor)
+        if self._train.looks_ahead:
+            batches = self.accelerator.prepare_dataloader(batches, size)
+        else:
+            batches = Accelerator.prepare_dataloader(self.accelerator, batches)
+        return windows(batches, size)
+
+    def _step(self, window: Window) -> None:
+        self._runner.backward(window)
+        if self._unsettled is not None:
+            self._settle()  # its answer decides the learning rate of this step; the device is long past it
+        self._runner.step(window)
+        self._runner.zero()
+        self.cursor.advance(len(window.batches), window.samples)
+        self._unsettled = window
+        if window.taken is True or window.taken is False:
+            self._settle()
+
+    def _settle(self) -> None:
+        window, self._unsettled = self._unsettled, None
+        if window is None:
+            return
+        if not window.taken:
+            self._drop(window)
+            return
+        self.global_step += 1
+        self._skipped_in_a_row = 0
+        if self._fresh:
+            self._fresh = {}
+        for values, weight in window.metrics:
+            self._means.add(values, weight)
+        if window.norm is not None:
+            self._means.add({"grad_norm": window.norm}, 1.0)
+        if self._schedules.per_step:
+            self._schedules.step()
+        if self._on_batch_end:
+            self._hooks.call("on_batch_end", self.cursor.windows - 1, window.merged_metrics())
+
+    def _drop(self, window: Window) -> None:
+        expected = self.accelerator.overflow_expected()
+        self._skipped_in_a_row += 1
+        after = f"after step {self.global_step}, {self._skipped_in_a_row} in a row"
+        if expected:
+            self.record("overflow", f"fp16 overflow {after}: the window was dropped and the loss scale lowered")
+        else:
+            self.record(
+                "nonfinite",
+                f"NaN or infinite gradients {after}: the window was dropped, nothing changed",
+                sample_ids=window.sample_ids(),
+                epoch=self.epoch,
+            )
+        if self._skipped_in_a_row >= self.config.max_skipped_in_a_row or (
+            self.config.nonfinite == "raise" and not expected
+        ):
+            raise NonFiniteError(
+                f"NaN or infinite gradients {after} (max_skipped_in_a_row: {self.config.max_skipped_in_a_row}). The "
+                "weights are as they were before. Look at the data (the event names the samples), lower the learning "
+                "rate, set max_grad_norm, or compute in fp32."
+            )
+        if self.config.nonfinite == "stop" and not expected:
+            self.request_stop("NaN or infinite gradients")
+
+    def _end_epoch(self) -> None:
+        self._settle()
+        if self.cursor.windows == 0:
+            raise DataError(
+                f"epoch {self.epoch} is empty: train_dataloader gave no batch. An iterable must give its batches anew "
+                "each time it is iterated; a generator cannot."
+            )
+        every = self.config.val_interval
+        if every is not None and (self.epoch + 1) % every == 0 and not self._validate():
+            return  # interrupted: the epoch is ended by whoever continues the run
+        metrics = self._epoch_metrics()
+        self._schedules.epoch(metrics)
+        self._keeper.check_rules(metrics, validation=False)
+        self.history.append(metrics)
+        self._fresh = metrics
+        self._hooks.call("on_epoch_end", metrics)
+        self._keeper.judge(metrics)
+        self._reporter.publish(self._epoch_means("epoch_"), self.global_step)
+        self._means.new_epoch()
+        self.cursor.next_epoch()
+        self._keeper.end_epoch(self.epoch)
+        self._boundary()
+
+    def _epoch_means(self, prefix: str = "") -> dict[str, float]:
+        self._reporter.deliver(wait=True)
+        names, values = self._means.since_epoch()
+        return {prefix + name: value for name, value in zip(names, self.accelerator.read(values).values(), strict=True)}
+
+    def _epoch_metrics(self) -> dict[str, float]:
+        return self._epoch_means() | {name: value for name, value in self._fresh.items() if name.startswith("val_")}
+
+    # --- the boundary ----------------------------------------------------------------------------------------------
+    def _boundary(self) -> None:
+        """Does what is due between two steps. Everything in here is done once for a step, however often it is asked."""
+        self._settle()
+        self._pending = False
+        config, step = self.config, self.global_step
+        if step % config.log_every == 0 and self._done_at["log"] != step:
+            self._done_at["log"] = step
+            self._reporter.log(step, *self._means.since_reading(), self._schedules.learning_rates())
+        if config.val_every_steps is not None and step % config.val_every_steps == 0:
+            self._validate()
+        if (path := self._keeper.finished()) is not None:
+            self._hooks.call("on_snapshot", path)
+        if (reason := self._keeper.due(step)) and not self._done():
+            self._save(reason)
+        self._next_due = min(
+            step - step % every + every
+            for every in (config.log_every, config.val_every_steps, config.snapshots.every_steps, config.max_steps)
+            if every is not None
+        )
+        self._deadline = self._keeper.deadline()
+
+    def _done(self) -> bool:
+        if self._signals.received is not None:
+            return True
+        if self._stop_reason:
+            return True
+        steps, epochs = self.config.max_steps, self.config.epochs
+        return (steps is not None and self.global_step >= steps) or (epochs is not None and self.epoch >= epochs)
+
+    def _validate(self) -> bool:
+        """Validates, unless that has been done at this step; returns whether it was not interrupted."""
+        if self._val is None or self._done_at["validation"] == self.global_step:
+            return True
+        self._reporter.deliver(wait=True)
+        self._hooks.call("on_validation_start")
+        metrics: dict[str, float] = {}
+        try:
+            found = evaluate(
+                self.model,
+                self._val,
+                self.accelerator,
+                self._validation_step,
+                seed=self.config.seed,
+                interrupted=lambda: self._signals.received is not None,
+            )
+            if found is not None:
+                metrics = {f"val_{name}": value for name, value in found.items()}
+        finally:
+            self._hooks.call("on_validation_end", metrics)
+        if not metrics:
+            return False
+        self._done_at["validation"] = self.global_step
+        self._fresh = self._fresh | metrics
+        self._keeper.check_rules(metrics, validation=True)
+        self._keeper.judge(metrics)
+        self._reporter.publish(metrics, self.global_step)
+        return True
+
+    def _save(self, reason: str) -> None:
+        self._keeper.save(
+            self._parts.capture(
+                self._loop_state(),
+                run_id=self.run_id,
+                step=self.global_step,
+                epoch=self.epoch,
+                reason=reason,
+                metrics=self._fresh,
+            )
+        )
+
+    def _notify(self) -> None:
+        self._pending = True
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+    def _finish(self) -> RunResult:
+        self._settle()
+        interrupted = self._signals.received is not None
+        if not interrupted and self.cursor.windows:  # ended in the middle of an epoch
+            self._validate()
+        metrics = self._epoch_metrics() if self.cursor.windows else (self.history[-1] if self.history else {})
+        if not interrupted:
+            self._hooks.call("on_train_end")
+        reason = self._describe_end()
+        self._save(reason)
+        if (path := self._keeper.wait()) is not None:
+            self._hooks.call("on_snapshot", path)
+        self._reporter.deliver(wait=True)
+        self.record("end", reason)
+        self._opened.folder.update(
+            status=self._status,
+            status_detail=reason,
+            global_step=self.global_step,
+            metrics=metrics,
+            callback_failures=dict(self._hooks.failures),
+        )
+        return RunResult(
+            run_id=self.run_id,
+            folder=self.folder,
+            status=self._status,
+            global_step=self.global_step,
+            metrics=metrics,
+            digest=weights_digest(model_tensors(self.model)[0]),
+            history=self.history,
+            reason=reason,
+            signal=self._signals.received,
+        )
+
+    def _describe_end(self) -> str:
+        if self._signals.received is not None:
+            self._status = "interrupted"
+            return f"signal {self._signals.received}"
+        if self._stop_reason:
+            self._status = "stopped"
+            return self._stop_reason
+        self._status = "completed"
+        return f"{self.epoch} epochs, {self.global_step} steps"
+
+    def _fail(self, error: BaseException) -> None:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            error.add_note("Out of memory: lower batch_size and raise grad_accumulation_steps by the same factor.")
+        detail = f"{type(error).__name__}: {error}"
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        try:
+            self._opened.folder.update(status=status, status_detail=detail, global_step=self.global_step)
+        except (OSError, RunFolderError) as second:
+            error.add_note(f"run.json could not be told: {second}")
+        self.record("failure", f"the run ended with {detail}")
+        self._hooks.call("on_exception", error)
+
+
+def _configured_callbacks(config: TrainingConfig) -> list[Callback]:
+    Registry.load_plugins(config.source.parent / "plugins" if config.source else None)
+    callbacks: list[Callback] = [Registry.build("callback", spec.name, spec.params) for spec in config.callbacks]
+    callbacks += [Registry.build("logger", spec.name, spec.params) for spec in config.loggers]
+    if not any(spec.name == "ConsoleLogger" for spec in config.loggers):
+        # Nobody must miss a warning because no logger was named.
+        callbacks.append(Registry.build("logger", "ConsoleLogger", {"metrics": False}))
+    return callbacks

@@ -1,0 +1,1 @@
+"""The callbacks that ship with the package, one to a file."""

@@ -1,0 +1,1 @@
+"""The data modules that ship with the package, one to a file."""

@@ -1,0 +1,63 @@
+"""Metrics for TensorBoard, written without TensorFlow."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from aetheria.core import Logger
+from aetheria.errors import MissingDependencyError
+from aetheria.registry import Registry
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
+
+__all__ = ["TensorBoardLogger"]
+
+
+@Registry.register_logger("TensorBoardLogger")
+class TensorBoardLogger(Logger):
+    """Writes event files into `tensorboard/` in the run folder; look at them with `tensorboard --logdir runs`.
+
+    A continued run writes one more file there. TensorBoard is told to forget what was logged after the snapshot that
+    the run continued from.
+
+    Raises:
+        MissingDependencyError: tensorboardX is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import tensorboardX  # noqa: F401, PLC0415 - optional
+        except ImportError as error:
+            raise MissingDependencyError.of("tensorboardX", "tensorboard", "TensorBoardLogger") from error
+        self._writer: SummaryWriter | None = None
+
+    def log_hyperparameters(self, config: dict[str, Any]) -> None:
+        """Writes the configuration as a text."""
+        text = json.dumps(config, indent=2)
+        self._open().add_text("config", f"```json\n{text}\n```", self.context.global_step)
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Writes one scalar for each metric."""
+        writer = self._open()
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+
+    def _open(self) -> SummaryWriter:
+        if self._writer is None:
+            from tensorboardX import SummaryWriter  # noqa: PLC0415
+
+            step = self.context.global_step
+            self._writer = SummaryWriter(
+                str(self.context.folder / "tensorboard"),
+                purge_step=step + 1 if step else None,
+                flush_secs=10,
+            )
+        return self._writer
+
+    def teardown(self) -> None:
+        """Writes what is pending and closes the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

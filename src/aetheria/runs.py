@@ -1,0 +1,297 @@
+"""The run folder: where a run lives, what it says about itself, who may write in it. No torch in here.
+
+`run.json` is small and always whole: it is replaced by renaming, never edited in place. One process at a time may
+train in a folder; it holds a POSIX record lock, which the kernel drops at the very instant the process dies (and
+which, unlike `flock`, forked data-loading workers do not inherit).
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aetheria.errors import RunFolderError, did_you_mean
+
+__all__ = ["RunFolder", "find_runs", "fsync_directory", "resolve_run", "write_atomically"]
+
+FORMAT = 1
+_held: set[Path] = set()  # POSIX locks do not exclude the process that holds them; this set does
+
+
+def fsync_directory(path: Path) -> None:
+    """Makes the names in a folder durable. What this returns after survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that is either the old one or the new one, at any instant and after any crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
+def now() -> str:
+    """Returns the time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class RunFolder:
+    """One run on disk.
+
+    Attributes:
+        path: the folder, absolute.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._lock: int | None = None
+
+    @classmethod
+    def create(cls, runs_dir: Path, name: str, **fields: Any) -> RunFolder:
+        """Makes a new run folder, `<name>-<time>-<four hex digits>`, with its first `run.json`.
+
+        Args:
+            runs_dir: the folder of all runs; made if it is not there.
+            name: how the run's id begins.
+            **fields: further keys of `run.json` (JSON types only): config, seed, lineage.
+
+        Raises:
+            RunFolderError: the folder cannot be made or written.
+        """
+        prefix = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+        path = runs_dir.absolute() / f"{prefix}-{stamp}-{secrets.token_hex(2)}"
+        try:
+            path.mkdir(parents=True)
+            (path / "snapshots").mkdir()
+            folder = cls(path)
+            folder._write({"format": FORMAT, "run_id": path.name, "name": name, "created": now()} | fields)
+            folder.update(status="created", status_detail="", global_step=0, **describe_process())
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot make a run folder in {runs_dir.absolute()}: {error.strerror or error}. "
+                "Choose a folder you may write to: runs_dir in the config, or --set runs_dir=PATH."
+            ) from error
+        return folder
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """Opens a run folder that exists.
+
+        Raises:
+            RunFolderError: there is no readable `run.json` in it.
+        """
+        folder = cls(Path(path))
+        folder.read()
+        return folder
+
+    @property
+    def run_id(self) -> str:
+        """The run's name: that of its folder, wherever the folder was moved."""
+        return self.path.name
+
+    @property
+    def snapshots(self) -> Path:
+        """The folder of this run's snapshots."""
+        return self.path / "snapshots"
+
+    def read(self) -> dict[str, Any]:
+        """Returns the content of `run.json`.
+
+        Raises:
+            RunFolderError: it is missing, damaged, or in a newer format.
+        """
+        file = self.path / "run.json"
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunFolderError(f"{self.path} is not a run folder: it has no run.json.") from None
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"cannot read {file}: {error}") from error
+        if not isinstance(content, dict) or content.get("format", 0) > FORMAT:
+            raise RunFolderError(
+                f"{file} is in format {content.get('format') if isinstance(content, dict) else '?'}; this version of "
+                f"Aetheria reads format {FORMAT}. Open it with a newer version."
+            )
+        return content
+
+    def update(self, **fields: Any) -> None:
+        """Replaces keys of `run.json`; the others stay."""
+        self._write(self.read() | fields)
+
+    def _write(self, content: dict[str, Any]) -> None:
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        write_atomically(self.path / "run.json", text.encode() + b"\n")
+
+    # --- who may train here ----------------------------------------------------------------------------------------
+    def acquire(self) -> None:
+        """Takes the folder for this process until `release`, or until the process ends in whatever way.
+
+        Raises:
+            RunFolderError: another process trains in it, or the folder cannot be written.
+        """
+        if self.path.resolve() in _held:
+            raise RunFolderError(f"{self.path} is in use by this very process. Wait for that run to end.")
+        try:
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunFolderError(f"cannot write in {self.path}: {error.strerror}. A run needs its folder.") from error
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            process = self.read()
+            raise RunFolderError(
+                f"{self.path} is in use: process {process.get('pid')} on {process.get('host')} trains in it. "
+                "Stop that one first, or start a new run."
+            ) from None
+        self._lock = descriptor
+        _held.add(self.path.resolve())
+
+    def release(self) -> None:
+        """Gives the folder back. Does nothing where it was not taken."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+            _held.discard(self.path.resolve())
+
+    def in_use(self) -> bool:
+        """Returns whether a living process trains in this folder."""
+        if self.path.resolve() in _held:
+            return True
+        try:
+            descriptor = os.open(self.path / ".lock", os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        except OSError:  # a folder we may only read: the process is all there is to ask
+            return self._process_lives()
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def _process_lives(self) -> bool:
+        content = self.read()
+        if content.get("host") != socket.gethostname():
+            return True  # nobody here can tell; the file says running
+        try:
+            os.kill(int(content.get("pid", 0)), 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+    def display_status(self) -> str:
+        """Returns `run.json`'s status; "killed" where it says running and nobody is."""
+        status = str(self.read().get("status", "unknown"))
+        return "killed" if status in ("created", "running") and not self.in_use() else status
+
+
+def describe_process() -> dict[str, Any]:
+    """Returns who writes: process, host, command line, versions, and the state of the code in git."""
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "command": sys.argv,
+        "directory": str(Path.cwd()),
+        "versions": versions(),
+        "git": describe_git(Path.cwd()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that decide whether a run can be continued bit for bit."""
+    found = {"python": platform.python_version()}
+    for package in ("aetheria", "torch", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def describe_git(directory: Path) -> dict[str, str | None] | None:
+    """Returns the commit, and the sha256 of what differs from it (None when nothing does); None outside git."""
+
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(
+            ["git", "-C", str(directory), *arguments], capture_output=True, check=True, timeout=10
+        ).stdout
+
+    try:
+        commit = git("rev-parse", "HEAD").decode().strip()
+        changes = git("diff", "--binary", "HEAD") + git("ls-files", "--others", "--exclude-standard")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "changes": hashlib.sha256(changes).hexdigest() if changes else None}
+
+
+def find_runs(runs_dir: Path) -> list[RunFolder]:
+    """Returns the runs of a folder, the newest first."""
+
+    def found() -> Iterator[tuple[str, str, RunFolder]]:
+        if not runs_dir.is_dir():
+            return
+        for path in runs_dir.iterdir():
+            if (path / "run.json").is_file():
+                folder = RunFolder(path)
+                try:
+                    created = str(folder.read().get("created", ""))
+                except RunFolderError:
+                    created = ""  # shown by whoever reads it, with the reason
+                yield created, path.name, folder
+
+    ordered = sorted(found(), key=lambda item: item[:2], reverse=True)
+    return [folder for _, _, folder in ordered]
+
+
+def resolve_run(text: str | Path, runs_dir: Path) -> RunFolder:
+    """Finds a run by its path, by any unambiguous part of its name, or the newest by `@last`.
+
+    Raises:
+        RunFolderError: none fits, or more than one.
+    """
+    if (Path(text) / "run.json").is_file():
+        return RunFolder.open(text)
+    text = str(text)
+    runs = find_runs(runs_dir)
+    if text == "@last":
+        if not runs:
+            raise RunFolderError(f"there are no runs in {runs_dir.absolute()}. Start one: aetheria train CONFIG")
+        return runs[0]
+    names = [run.run_id for run in runs]
+    fitting = [run for run in runs if run.run_id == text] or [run for run in runs if text and text in run.run_id]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        listed = ", ".join(run.run_id for run in fitting[:5])
+        raise RunFolderError(f"'{text}' fits {len(fitting)} runs: {listed}. Write more of the name, or @last.")
+    raise RunFolderError(f"no run called '{text}' in {runs_dir.absolute()}. {did_you_mean(text, names)}")

@@ -1,0 +1,210 @@
+"""What a snapshot looks like on disk. No pickle: tensors, and plain containers of plain values.
+
+step-00001200/
+    model.safetensors   weights by clean names
+    state.pt            optimiser, schedulers, loss scaler, callbacks, cursor
+    rank-0000.pt        generators and loader state of each rank
+    manifest.json       what it is, and size and sha256 of every file; written last, sealed with its own sha256
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aetheria.errors import SnapshotDamagedError, SnapshotError, SnapshotVersionError
+
+__all__ = [
+    "FORMAT",
+    "Manifest",
+    "clean_name",
+    "folder_name",
+    "model_tensors",
+    "plain",
+    "tensor_bytes",
+    "weights_digest",
+]
+
+FORMAT = 1
+MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+
+
+def folder_name(step: int) -> str:
+    """Returns the name of the snapshot taken at a step."""
+    return f"step-{step:08d}"
+
+
+def rank_file(rank: int) -> str:
+    """Returns the name of a rank's own file."""
+    return f"rank-{rank:04d}.pt"
+
+
+def clean_name(name: str) -> str:
+    """Returns a weight's name without what wrappers put into it (`torch.compile`'s "_orig_mod.")."""
+    return name.replace("_orig_mod.", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a snapshot says about itself.
+
+    Attributes:
+        run_id: the run that took it.
+        step: optimiser steps taken before it.
+        epoch: the epoch it lies in, from 0.
+        created: time in UTC, ISO 8601.
+        reason: why it was taken.
+        metrics: the latest metrics at that moment, by which the best are kept.
+        model: "name" it is registered under (or None), "class", "hyperparameters", and "unstored": the constructor
+            arguments that could not be stored.
+        optimizer: "class" and the number of parameters in each of its "groups".
+        world_size: number of ranks.
+        versions: of Python, torch, NumPy, Aetheria.
+        digest: of the weights, see `weights_digest`.
+        tied: weights that share the memory of another one, by name.
+        pinned: True for snapshots that retention must not touch.
+        files: size in bytes and sha256 of every other file.
+        format: of this folder.
+    """
+
+    run_id: str
+    step: int
+    epoch: int
+    created: str
+    reason: str
+    metrics: dict[str, float]
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    world_size: int
+    versions: dict[str, str]
+    digest: str = ""
+    tied: dict[str, str] = dataclasses.field(default_factory=dict)
+    pinned: bool = False
+    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    format: int = FORMAT
+
+    def encode(self) -> bytes:
+        """Returns the file's content: sorted JSON whose key "seal" is the sha256 of the rest."""
+        content = dataclasses.asdict(self)
+        return _dump(content | {"seal": hashlib.sha256(_dump(content)).hexdigest()})
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Reads and checks a manifest.
+
+        Raises:
+            SnapshotDamagedError: it is missing, or a byte of it changed.
+            SnapshotVersionError: its format is newer than this version reads.
+        """
+        path = folder / MANIFEST
+        try:
+            raw = path.read_bytes()
+            content = json.loads(raw)
+            seal, found_format = content.pop("seal"), content["format"]
+        except FileNotFoundError:
+            raise SnapshotDamagedError(f"{folder} is not a snapshot: it has no {MANIFEST}.") from None
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise SnapshotDamagedError(f"{path} is damaged: it does not read as a manifest ({error}).") from error
+        if isinstance(found_format, int) and found_format > FORMAT:
+            raise SnapshotVersionError(
+                f"{folder} is in snapshot format {found_format}; this version of Aetheria reads up to {FORMAT}. "
+                "Upgrade Aetheria to read it."
+            )
+        if hashlib.sha256(_dump(content)).hexdigest() != seal or _dump(content | {"seal": seal}) != raw:
+            raise SnapshotDamagedError(f"{path} is damaged: its content does not match its seal.")
+        return cls(**content)
+
+
+def _dump(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Returns the bytes of a tensor in host memory, in the order of its elements."""
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the sha256, in hexadecimal, over the names, dtypes, shapes and bytes of weights, sorted by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu")
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        if tensor.numel():
+            digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns a model's weights and buffers by clean names, and whatever else its `state_dict` holds (extra state)."""
+    tensors: dict[str, Tensor] = {}
+    extra: dict[str, Any] = {}
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            tensors[clean_name(name)] = value
+        else:
+            extra[clean_name(name)] = value
+    return tensors, extra
+
+
+def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns which names are other names' memory, all of it: {"head.weight": "embedding.weight"}."""
+    owners: dict[tuple[Any, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if not tensor.numel():
+            continue
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        owner = owners.setdefault(place, name)
+        if owner != name:
+            tied[name] = owner
+    return tied
+
+
+def plain(value: Any, where: str) -> Any:
+    """Returns a copy of a nested state in plain containers, which `torch.load(..., weights_only=True)` accepts.
+
+    Dictionaries, lists and tuples of any kind become the plain ones; NumPy scalars become numbers. Tensors are not
+    copied.
+
+    Args:
+        value: the state.
+        where: its name, for the error.
+
+    Raises:
+        SnapshotError: something in it is neither a container, a tensor nor a plain value; the message says where.
+    """
+    if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, torch.dtype | torch.device):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Mapping):
+        return {_plain_key(key, where): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, tuple):
+        return tuple(plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+    if isinstance(value, set | frozenset):
+        return {plain(item, where) for item in value}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, bool | int | float | str):  # a subclass: an enum, say
+        return next(kind for kind in (bool, int, float, str) if isinstance(value, kind))(value)
+    raise SnapshotError(
+        f"{where} holds a {type(value).__module__}.{type(value).__qualname__}, which a snapshot cannot store. "
+        "Use numbers, strings, lists, dictionaries and tensors."
+    )
+
+
+def _plain_key(key: Any, where: str) -> Any:
+    if isinstance(key, str | int | float | bool) or key is None:
+        return key
+    raise SnapshotError(f"{where} has the key {key!r} of type {type(key).__name__}; use strings or numbers as keys.")

@@ -1,0 +1,261 @@
+"""Writing a snapshot behind the training's back: the step waits for a copy in host memory, the disk is not its concern.
+
+The order of things makes it atomic: every file is written and fsynced in a folder of a temporary name, the manifest
+last; then the folder is renamed, then its parent fsynced. Whatever dies in between leaves no snapshot, and the previous
+one untouched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from aetheria.errors import SnapshotError
+from aetheria.runs import fsync_directory
+from aetheria.snapshot.format import (
+    MANIFEST,
+    MODEL,
+    STATE,
+    Manifest,
+    find_tied,
+    folder_name,
+    plain,
+    rank_file,
+    weights_digest,
+)
+
+__all__ = ["SnapshotContent", "SnapshotWriter"]
+
+WRITING, REMOVING = ".writing-", ".removing-"
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapshotContent:
+    """What goes into a snapshot, still the live tensors of the run.
+
+    Attributes:
+        manifest: everything but digest, tied weights and files, which are found while writing.
+        weights: the model's tensors by clean names.
+        state: optimiser, schedulers, scaler, callbacks, cursor, loop.
+        rank_state: generators and loader state of this rank.
+    """
+
+    manifest: Manifest
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+    rank_state: dict[str, Any]
+
+
+class _Staging:
+    """Host memory that snapshots are copied into; kept from one to the next, because fresh pages are slow."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._used: set[str] = set()
+
+    def copy(self, content: SnapshotContent, synchronize: Callable[[], None]) -> SnapshotContent:
+        self._used = set()
+        tied = find_tied(content.weights)
+        weights = {
+            name: self._copied(tensor, f"weights/{name}")
+            for name, tensor in content.weights.items()
+            if name not in tied
+        }
+        staged = SnapshotContent(
+            dataclasses.replace(content.manifest, tied=tied),
+            weights,
+            self._tree(plain(content.state, "state"), "state"),
+            self._tree(plain(content.rank_state, "rank"), "rank"),
+        )
+        synchronize()
+        for name in self._buffers.keys() - self._used:
+            del self._buffers[name]
+        return staged
+
+    def _tree(self, value: Any, place: str) -> Any:
+        if isinstance(value, Tensor):
+            return self._copied(value, place)
+        if isinstance(value, dict):
+            return {key: self._tree(item, f"{place}/{key}") for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._tree(item, f"{place}/{index}") for index, item in enumerate(value))
+        return value
+
+    def _copied(self, tensor: Tensor, place: str) -> Tensor:
+        buffer = self._buffers.get(place)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+            self._buffers[place] = buffer
+        self._used.add(place)
+        buffer.copy_(tensor.detach(), non_blocking=True)
+        return buffer
+
+
+class SnapshotWriter:
+    """Writes snapshots of one run, one at a time, on a thread.
+
+    Args:
+        folder: the run's `snapshots/`.
+        synchronize: waits until the device has finished its copies.
+        before_commit: called on the thread when everything but the rename is done; what it makes durable (the
+            metrics) is never behind the snapshot.
+        committed: called on the thread once the snapshot is durable.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        synchronize: Callable[[], None] = lambda: None,
+        before_commit: Callable[[], object] = lambda: None,
+        committed: Callable[[Path], object] = lambda _: None,
+    ) -> None:
+        self.folder = folder
+        self._synchronize = synchronize
+        self._before_commit = before_commit
+        self._committed = committed
+        self._staging = _Staging()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="aetheria-snapshot")
+        self._saving: Future[Path] | None = None
+
+    def save(self, content: SnapshotContent) -> None:
+        """Copies the content to host memory and returns; the rest happens on the thread.
+
+        Waits for the previous snapshot, if that one is still being written.
+
+        Raises:
+            SnapshotError: the previous snapshot could not be written, or this state cannot be stored.
+        """
+        self.wait()
+        staged = self._staging.copy(content, self._synchronize)
+        self._saving = self._thread.submit(self._write, staged)
+
+    def finished(self) -> Path | None:
+        """Returns the snapshot that has become durable since the last call, if any; never waits.
+
+        Raises:
+            SnapshotError: it could not be written.
+        """
+        return self.wait() if self._saving is not None and self._saving.done() else None
+
+    def wait(self) -> Path | None:
+        """Waits for the snapshot in progress and returns its folder.
+
+        Raises:
+            SnapshotError: it could not be written.
+        """
+        saving, self._saving = self._saving, None
+        return None if saving is None else saving.result()
+
+    def close(self) -> None:
+        """Ends the thread, after the snapshot in progress."""
+        self._thread.shutdown(wait=True)
+
+    def clean(self) -> None:
+        """Removes what interrupted writes and removals left behind. Only for who holds the run folder."""
+        for path in self.folder.iterdir():
+            if path.name.startswith((WRITING, REMOVING)):
+                shutil.rmtree(path)
+
+    def _write(self, content: SnapshotContent) -> Path:
+        name = folder_name(content.manifest.step)
+        temporary, final = self.folder / f"{WRITING}{name}", self.folder / name
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            files = {
+                MODEL: _write_weights(temporary / MODEL, content.weights),
+                STATE: _write_state(temporary / STATE, content.state),
+                rank_file(0): _write_state(temporary / rank_file(0), content.rank_state),
+            }
+            named = {name: content.weights[name] for name in content.weights}
+            named |= {alias: content.weights[owner] for alias, owner in content.manifest.tied.items()}
+            manifest = dataclasses.replace(content.manifest, files=files, digest=weights_digest(named))
+            with (temporary / MANIFEST).open("wb") as file:
+                file.write(manifest.encode())
+                _fsync(file)
+            fsync_directory(temporary)
+            self._before_commit()
+            if final.exists():  # of a life before this one, and not good enough to have been resumed from
+                remove_snapshot(final)
+            temporary.rename(final)
+            fsync_directory(self.folder)
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise SnapshotError(self._explain(final, content, error)) from error
+        self._committed(final)
+        return final
+
+    def _explain(self, final: Path, content: SnapshotContent, error: Exception) -> str:
+        needed = sum(tensor.nbytes for tensor in [*content.weights.values(), *_tensors_of(content.state)])
+        try:
+            free = shutil.disk_usage(self.folder).free
+        except OSError:
+            free = 0
+        return (
+            f"cannot write the snapshot {final}: {error}. It needs about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB "
+            "are free there. The snapshots before it are untouched: make room and continue the run."
+        )
+
+
+def remove_snapshot(path: Path) -> None:
+    """Removes a snapshot in one instant: renamed first, so that a half-removed one is never taken for whole."""
+    doomed = path.with_name(f"{REMOVING}{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for item in value for tensor in _tensors_of(item)] if isinstance(value, list | tuple) else []
+
+
+def _fsync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _write_weights(path: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+class _HashingFile:
+    """A file that hashes what goes through it, so that it need not be read again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        written = self._file.write(data)
+        self.bytes += written
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    with path.open("wb") as file:
+        hashing = _HashingFile(file)
+        torch.save(state, hashing)
+        _fsync(file)
+    return {"bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest()}
