@@ -6,6 +6,7 @@ one `ConfigError`, each with its file, line and key.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from pydantic_core import CoreSchema, PydanticCustomError
 
 from aetheria.errors import ConfigError, did_you_mean
 from aetheria.wording import KeyPath, expected, found, mismatches
-from aetheria.yaml_source import UNUSABLE, Given, Problem, read_yaml
+from aetheria.yaml_source import UNUSABLE, Given, Problem, lay_over, read_yaml
 
 __all__ = ["CompileConfig", "KeepBestConfig", "PluginSpec", "Precision", "SnapshotsConfig", "TrainingConfig"]
 
@@ -261,6 +262,24 @@ class TrainingConfig(_Section):
         """
         config = cls.__new__(cls)
         config._fill(read_yaml(path, overrides))
+        return config
+
+    @classmethod
+    def from_resolved(cls, values: dict[str, Any], source: Path | None, overrides: Sequence[str] = ()) -> Self:
+        """Takes back what `resolved` returned, out of a `run.json`.
+
+        Args:
+            values: the resolved configuration.
+            source: the file that it once was read from; `plugins/` lies beside it.
+            overrides: as in `from_yaml`.
+
+        Raises:
+            ConfigError: one line for each thing that is wrong.
+        """
+        given = Given(copy.deepcopy(values), source)
+        lay_over(given, overrides)
+        config = cls.__new__(cls)
+        config._fill(given)
         return config
 
     def _fill(self, given: Given) -> None:

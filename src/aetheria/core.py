@@ -84,11 +84,11 @@ class _RemembersArguments(ABCMeta):
     """Notes the constructor's arguments on the instance before `__init__` runs, so that `__init__` may read them."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        instance = cls.__new__(cls, *args, **kwargs)
+        instance: Any = cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]
         if isinstance(instance, cls):
             # Past nn.Module.__setattr__, which refuses to work before nn.Module.__init__ has run.
             object.__setattr__(instance, "hyperparameters", _bound_arguments(cls, args, kwargs))
-            instance.__init__(*args, **kwargs)  # type: ignore[misc]
+            instance.__init__(*args, **kwargs)
         return instance
 
 
@@ -409,10 +409,10 @@ def recursive_to_device(batch: Any, device: torch.device | str) -> Any:
     if isinstance(batch, list | tuple):
         return type(batch)(recursive_to_device(value, device) for value in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        moved = copy.copy(batch)  # not dataclasses.replace: that would run __post_init__ again
+        twin: Any = copy.copy(batch)  # not dataclasses.replace: that would run __post_init__ again
         for item in dataclasses.fields(batch):
-            object.__setattr__(moved, item.name, recursive_to_device(getattr(batch, item.name), device))
-        return moved
+            object.__setattr__(twin, item.name, recursive_to_device(getattr(batch, item.name), device))
+        return twin
     return batch
 
 

@@ -16,13 +16,15 @@ from aetheria.accelerator import create_accelerator
 from aetheria.accelerator.select import make_deterministic
 from aetheria.config import TrainingConfig
 from aetheria.core import Accelerator, AetherDataModule, AetherModel, Callback, RunEvent, RunResult
-from aetheria.data import BatchSource, Cursor, LoaderDataModule, prepare_loader
+from aetheria.data import LoaderDataModule
 from aetheria.data.order import mix
-from aetheria.data.randomness import isolated_generators, seed_generators
-from aetheria.data.sources import FixedSource
+from aetheria.data.randomness import seed_generators
+from aetheria.engine.assembly import build_callbacks, build_model_and_data, config_of_run, prepare_loaders
+from aetheria.engine.dropped import DroppedWindows
 from aetheria.engine.evaluation import evaluate
 from aetheria.engine.hooks import Hooks
 from aetheria.engine.keeper import SnapshotKeeper
+from aetheria.engine.loop_state import LoopState
 from aetheria.engine.metrics import MetricMeans
 from aetheria.engine.opening import open_run
 from aetheria.engine.reporting import Reporter
@@ -30,15 +32,14 @@ from aetheria.engine.schedules import Schedules, as_plan
 from aetheria.engine.signals import StopSignals
 from aetheria.engine.state import RunParts
 from aetheria.engine.window import Window, WindowRunner, windows
-from aetheria.errors import DataError, NonFiniteError, RunFolderError
+from aetheria.errors import AetheriaError, DataError, RunFolderError, SnapshotError
 from aetheria.loom.recorder import Recorder
-from aetheria.registry import Registry
 from aetheria.snapshot import KeepBest, weights_digest
 from aetheria.snapshot.format import model_tensors
 
-__all__ = ["Orchestrator"]
+__all__ = ["Orchestrator", "continue_run"]
 
-DATA_STREAM, TRAINING_STREAM = 6, 7  # parts of keys, so that no two uses share a stream
+TRAINING_STREAM = 8  # part of the key of the generators that training draws from
 
 
 class Orchestrator:
@@ -52,9 +53,7 @@ class Orchestrator:
         callbacks: besides those that the configuration names.
 
     Attributes:
-        cursor: where training is in its data.
-        global_step: optimiser steps taken since the run began.
-        history: the metrics of every epoch, oldest first.
+        state: where the loop is: step, cursor, history.
     """
 
     def __init__(
@@ -69,27 +68,38 @@ class Orchestrator:
         self.data = data if isinstance(data, AetherDataModule) else LoaderDataModule(data)
         self.config = config
         self.accelerator = create_accelerator(config) if accelerator is None else accelerator
-        self.callbacks = [*_configured_callbacks(config), *callbacks]
-        self.cursor = Cursor()
-        self.global_step = 0
-        self.history: list[dict[str, float]] = []
-        self._skipped_in_a_row = 0
-        self._done_at = {"log": 0, "validation": 0}  # the steps at which a boundary's duties were last fulfilled
-        self._fresh: dict[str, float] = {}  # metrics of exactly this step: what a snapshot taken here is worth
+        self.callbacks = build_callbacks(config, callbacks)
+        self.state = LoopState()
         self._stop_reason = ""
         self._status: Literal["completed", "stopped", "interrupted"] = "completed"
         self._unsettled: Window | None = None
         self._pending = False
         self._next_due = 0
 
+    @classmethod
+    def from_config(cls, config: TrainingConfig, callbacks: Sequence[Callback] = ()) -> Orchestrator:
+        """Builds the model and the data module that a configuration names.
+
+        Raises:
+            ConfigError: it names none, or a parameter does not fit.
+            RegistryError: nobody registered the name.
+            PluginError: the `plugins/` folder beside the configuration cannot be imported.
+        """
+        model, data = build_model_and_data(config)
+        return cls(model, data, config, callbacks=callbacks)
+
     # --- what callbacks see ----------------------------------------------------------------------------------------
     @property
+    def global_step(self) -> int:
+        return self.state.global_step
+
+    @property
     def epoch(self) -> int:
-        return self.cursor.epoch
+        return self.state.cursor.epoch
 
     @property
     def samples_seen(self) -> int:
-        return self.cursor.total_samples
+        return self.state.cursor.total_samples
 
     @property
     def max_epochs(self) -> int | None:
@@ -146,6 +156,11 @@ class Orchestrator:
             AetheriaError: what the user can put right: configuration, model, data, snapshot, run folder.
             BaseException: whatever the model, the data or a critical callback raised, with its own traceback.
         """
+        if hasattr(self, "_opened"):
+            raise AetheriaError(
+                "this Orchestrator has run already. Make a new one, and give run() the folder of the run that is to "
+                "be continued: resume_from=result.folder."
+            )
         self._opened = open_run(self.config, self.model, resume_from)
         with ExitStack() as closing:
             closing.callback(self._opened.folder.release)
@@ -185,15 +200,17 @@ class Orchestrator:
         self.accelerator.setup(self.model)
         self._schedules = Schedules(as_plan(self.model.configure_optimizers()))
         self.accelerator.setup_optimizer(self.optimizer)
-        with isolated_generators(mix(config.seed, DATA_STREAM)):
-            self._prepare_data()
+        loaders = prepare_loaders(self.data, config, self.accelerator.world_size)
+        self._train, self._val = loaders.train, loaders.val
+        for warning in loaders.warnings:
+            self.record("warning", warning)
         self._means = MetricMeans(self.accelerator.device)
         self._parts = RunParts(self.model, self._schedules, self.accelerator, self._hooks, self._means, self._train)
         self._hooks.call("log_hyperparameters", config.resolved())
         restore_generators: Callable[[], None] = lambda: None  # noqa: E731
         if opened.snapshot is not None:
             loop, restore_generators, warnings = self._parts.restore(opened.snapshot)
-            self._load_loop_state(loop)
+            self.state = LoopState.from_state(loop)
             for warning in warnings:
                 self.record("warning", warning)
         self.model.train()
@@ -212,54 +229,9 @@ class Orchestrator:
             config.max_grad_norm,
             config.max_grad_value,
         )
+        self._dropped = DroppedWindows(config.nonfinite, config.max_skipped_in_a_row, self.record, self.request_stop)
         self._on_batch_end = self._hooks.wanted("on_batch_end")
         restore_generators()
-
-    def _loop_state(self) -> dict[str, Any]:
-        return {
-            "cursor": self.cursor.state_dict(),
-            "global_step": self.global_step,
-            "history": self.history,
-            "skipped_in_a_row": self._skipped_in_a_row,
-            "done_at": self._done_at,
-            "fresh": self._fresh,
-        }
-
-    def _load_loop_state(self, state: dict[str, Any]) -> None:
-        self.cursor = Cursor.from_state(state["cursor"])
-        self.global_step = state["global_step"]
-        self.history = state["history"]
-        self._skipped_in_a_row = state["skipped_in_a_row"]
-        self._done_at = state["done_at"]
-        self._fresh = state["fresh"]
-
-    def _prepare_data(self) -> None:
-        config = self.config
-        self.data.prepare_data()
-        self.data.setup()
-
-        def prepared(loader: Iterable[Any] | None, role: Literal["train", "val"], **options: Any) -> BatchSource | None:
-            if loader is None:
-                return None
-            source = prepare_loader(loader, role=role, seed=config.seed, seed_samples=config.sample_seeding, **options)
-            if source.warning and role == "train":
-                self.record("warning", source.warning)
-            return source
-
-        train = prepared(
-            self.data.train_dataloader(),
-            "train",
-            window_batches=config.grad_accumulation_steps,
-            limit=config.limit_train_batches,
-            expected_batch_size=config.micro_batch_size(self.accelerator.world_size),
-        )
-        if train is None:
-            raise DataError("train_dataloader returned None; expected a DataLoader, a list of batches or an iterable.")
-        self._train = train
-        self._val = prepared(self.data.val_dataloader(), "val", limit=config.limit_val_batches)
-        if config.overfit_batches is not None:
-            self._train = FixedSource(self._train, config.overfit_batches)
-            self._val = self._val and self._train
 
     def _compiled(self, name: str) -> Any:
         function = self.accelerator.step_function(self.model, name)
@@ -275,7 +247,7 @@ class Orchestrator:
             self._run_epoch()
 
     def _run_epoch(self) -> None:
-        if self.cursor.windows == 0:
+        if self.state.cursor.windows == 0:
             self._hooks.call("on_epoch_start")
         for window in self._windows():
             self._step(window)
@@ -291,7 +263,7 @@ class Orchestrator:
 
     def _windows(self) -> Iterator[Window]:
         size = self.config.grad_accumulation_steps
-        batches = self._train.iterate(self.cursor)
+        batches = self._train.iterate(self.state.cursor)
         if self._train.looks_ahead:
             batches = self.accelerator.prepare_dataloader(batches, size)
         else:
@@ -304,7 +276,7 @@ class Orchestrator:
             self._settle()  # its answer decides the learning rate of this step; the device is long past it
         self._runner.step(window)
         self._runner.zero()
-        self.cursor.advance(len(window.batches), window.samples)
+        self.state.cursor.advance(len(window.batches), window.samples)
         self._unsettled = window
         if window.taken is True or window.taken is False:
             self._settle()
@@ -314,12 +286,12 @@ class Orchestrator:
         if window is None:
             return
         if not window.taken:
-            self._drop(window)
+            self._dropped.note(window, self.state, self.accelerator.overflow_expected())
             return
-        self.global_step += 1
-        self._skipped_in_a_row = 0
-        if self._fresh:
-            self._fresh = {}
+        self.state.global_step += 1
+        self.state.dropped_in_a_row = 0
+        if self.state.fresh:
+            self.state.fresh = {}
         for values, weight in window.metrics:
             self._means.add(values, weight)
         if window.norm is not None:
@@ -327,35 +299,11 @@ class Orchestrator:
         if self._schedules.per_step:
             self._schedules.step()
         if self._on_batch_end:
-            self._hooks.call("on_batch_end", self.cursor.windows - 1, window.merged_metrics())
-
-    def _drop(self, window: Window) -> None:
-        expected = self.accelerator.overflow_expected()
-        self._skipped_in_a_row += 1
-        after = f"after step {self.global_step}, {self._skipped_in_a_row} in a row"
-        if expected:
-            self.record("overflow", f"fp16 overflow {after}: the window was dropped and the loss scale lowered")
-        else:
-            self.record(
-                "nonfinite",
-                f"NaN or infinite gradients {after}: the window was dropped, nothing changed",
-                sample_ids=window.sample_ids(),
-                epoch=self.epoch,
-            )
-        if self._skipped_in_a_row >= self.config.max_skipped_in_a_row or (
-            self.config.nonfinite == "raise" and not expected
-        ):
-            raise NonFiniteError(
-                f"NaN or infinite gradients {after} (max_skipped_in_a_row: {self.config.max_skipped_in_a_row}). The "
-                "weights are as they were before. Look at the data (the event names the samples), lower the learning "
-                "rate, set max_grad_norm, or compute in fp32."
-            )
-        if self.config.nonfinite == "stop" and not expected:
-            self.request_stop("NaN or infinite gradients")
+            self._hooks.call("on_batch_end", self.state.cursor.windows - 1, window.merged_metrics())
 
     def _end_epoch(self) -> None:
         self._settle()
-        if self.cursor.windows == 0:
+        if self.state.cursor.windows == 0:
             raise DataError(
                 f"epoch {self.epoch} is empty: train_dataloader gave no batch. An iterable must give its batches anew "
                 "each time it is iterated; a generator cannot."
@@ -366,13 +314,13 @@ class Orchestrator:
         metrics = self._epoch_metrics()
         self._schedules.epoch(metrics)
         self._keeper.check_rules(metrics, validation=False)
-        self.history.append(metrics)
-        self._fresh = metrics
+        self.state.history.append(metrics)
+        self.state.fresh = metrics
         self._hooks.call("on_epoch_end", metrics)
         self._keeper.judge(metrics)
         self._reporter.publish(self._epoch_means("epoch_"), self.global_step)
         self._means.new_epoch()
-        self.cursor.next_epoch()
+        self.state.cursor.next_epoch()
         self._keeper.end_epoch(self.epoch)
         self._boundary()
 
@@ -382,7 +330,9 @@ class Orchestrator:
         return {prefix + name: value for name, value in zip(names, self.accelerator.read(values).values(), strict=True)}
 
     def _epoch_metrics(self) -> dict[str, float]:
-        return self._epoch_means() | {name: value for name, value in self._fresh.items() if name.startswith("val_")}
+        return self._epoch_means() | {
+            name: value for name, value in self.state.fresh.items() if name.startswith("val_")
+        }
 
     # --- the boundary ----------------------------------------------------------------------------------------------
     def _boundary(self) -> None:
@@ -390,8 +340,8 @@ class Orchestrator:
         self._settle()
         self._pending = False
         config, step = self.config, self.global_step
-        if step % config.log_every == 0 and self._done_at["log"] != step:
-            self._done_at["log"] = step
+        if step % config.log_every == 0 and self.state.logged_at != step:
+            self.state.logged_at = step
             self._reporter.log(step, *self._means.since_reading(), self._schedules.learning_rates())
         if config.val_every_steps is not None and step % config.val_every_steps == 0:
             self._validate()
@@ -416,7 +366,7 @@ class Orchestrator:
 
     def _validate(self) -> bool:
         """Validates, unless that has been done at this step; returns whether it was not interrupted."""
-        if self._val is None or self._done_at["validation"] == self.global_step:
+        if self._val is None or self.state.validated_at == self.global_step:
             return True
         self._reporter.deliver(wait=True)
         self._hooks.call("on_validation_start")
@@ -436,8 +386,8 @@ class Orchestrator:
             self._hooks.call("on_validation_end", metrics)
         if not metrics:
             return False
-        self._done_at["validation"] = self.global_step
-        self._fresh = self._fresh | metrics
+        self.state.validated_at = self.global_step
+        self.state.fresh = self.state.fresh | metrics
         self._keeper.check_rules(metrics, validation=True)
         self._keeper.judge(metrics)
         self._reporter.publish(metrics, self.global_step)
@@ -446,12 +396,12 @@ class Orchestrator:
     def _save(self, reason: str) -> None:
         self._keeper.save(
             self._parts.capture(
-                self._loop_state(),
+                self.state.state_dict(),
                 run_id=self.run_id,
                 step=self.global_step,
                 epoch=self.epoch,
                 reason=reason,
-                metrics=self._fresh,
+                metrics=self.state.fresh,
             )
         )
 
@@ -462,9 +412,13 @@ class Orchestrator:
     def _finish(self) -> RunResult:
         self._settle()
         interrupted = self._signals.received is not None
-        if not interrupted and self.cursor.windows:  # ended in the middle of an epoch
+        if not interrupted and self.state.cursor.windows:  # ended in the middle of an epoch
             self._validate()
-        metrics = self._epoch_metrics() if self.cursor.windows else (self.history[-1] if self.history else {})
+        metrics = (
+            self._epoch_metrics()
+            if self.state.cursor.windows
+            else (self.state.history[-1] if self.state.history else {})
+        )
         if not interrupted:
             self._hooks.call("on_train_end")
         reason = self._describe_end()
@@ -487,7 +441,7 @@ class Orchestrator:
             global_step=self.global_step,
             metrics=metrics,
             digest=weights_digest(model_tensors(self.model)[0]),
-            history=self.history,
+            history=self.state.history,
             reason=reason,
             signal=self._signals.received,
         )
@@ -511,15 +465,20 @@ class Orchestrator:
             self._opened.folder.update(status=status, status_detail=detail, global_step=self.global_step)
         except (OSError, RunFolderError) as second:
             error.add_note(f"run.json could not be told: {second}")
+        try:
+            self._keeper.wait()
+        except SnapshotError as second:
+            error.add_note(f"besides, a snapshot failed: {second}")
         self.record("failure", f"the run ended with {detail}")
         self._hooks.call("on_exception", error)
 
 
-def _configured_callbacks(config: TrainingConfig) -> list[Callback]:
-    Registry.load_plugins(config.source.parent / "plugins" if config.source else None)
-    callbacks: list[Callback] = [Registry.build("callback", spec.name, spec.params) for spec in config.callbacks]
-    callbacks += [Registry.build("logger", spec.name, spec.params) for spec in config.loggers]
-    if not any(spec.name == "ConsoleLogger" for spec in config.loggers):
-        # Nobody must miss a warning because no logger was named.
-        callbacks.append(Registry.build("logger", "ConsoleLogger", {"metrics": False}))
-    return callbacks
+def continue_run(path: Path, overrides: Sequence[str] = (), callbacks: Sequence[Callback] = ()) -> RunResult:
+    """Goes on with a run in its folder, from its newest good snapshot, with nothing but what the folder says.
+
+    Args:
+        path: the run folder.
+        overrides: changes to its configuration, for instance "epochs=20".
+        callbacks: besides those that the configuration names.
+    """
+    return Orchestrator.from_config(config_of_run(path, overrides), callbacks).run(resume_from=path)

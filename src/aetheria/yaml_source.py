@@ -19,7 +19,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from aetheria.errors import ConfigError
 from aetheria.wording import KeyPath, dotted, found
 
-__all__ = ["UNUSABLE", "Given", "Place", "Problem", "dump_yaml", "read_yaml"]
+__all__ = ["UNUSABLE", "Given", "Place", "Problem", "dump_yaml", "lay_over", "read_yaml"]
 
 UNUSABLE = object()
 """Stands among the values where the file has something that is no plain value; a problem says what."""
@@ -114,13 +114,18 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Given:
         raise ConfigError(f"{Place(str(path), error.line)}: {error}") from error.__cause__
     tree = _Tree(str(path), has_lines=True)
     given = Given(tree.value(node), path.absolute(), tree.places, tree.problems)
+    lay_over(given, overrides)
+    return given
+
+
+def lay_over(given: Given, overrides: Sequence[str]) -> None:
+    """Puts the values of overrides, `key.path=value`, into what was given; what is wrong joins its problems."""
     for override in overrides:
         place = Place(f"--set {override}")
         try:
             _lay_over(given, override, place)
         except _UnusableError as error:
             given.problems.append(Problem(error.path, str(error), place))
-    return given
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:

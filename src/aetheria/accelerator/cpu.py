@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from aetheria.accelerator.device import DeviceAccelerator, Precision
 from aetheria.core import recursive_to_device
@@ -20,12 +21,9 @@ class CPUAccelerator(DeviceAccelerator):
     def __init__(self, precision: Precision | Literal["mixed"] = "fp32") -> None:
         super().__init__(torch.device("cpu"), precision)
 
-    def process_batch(self, batch: object) -> object:
-        # The common batches are there already; only unusual ones are worth a walk.
-        kind = type(batch)
-        if kind is torch.Tensor and batch.device.type == "cpu":  # type: ignore[attr-defined]
+    def process_batch(self, batch: Any) -> Any:
+        # The common batches are here already; only unusual ones are worth a walk.
+        parts = batch if type(batch) in (list, tuple) else (batch,)
+        if all(type(part) is Tensor and part.device.type == "cpu" for part in parts):
             return batch
-        if kind is list or kind is tuple:
-            if all(type(item) is torch.Tensor and item.device.type == "cpu" for item in batch):  # type: ignore[attr-defined]
-                return batch
         return recursive_to_device(batch, self._device)

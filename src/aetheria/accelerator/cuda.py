@@ -25,11 +25,11 @@ class _Arriving:
     def __init__(self, tensor: Tensor) -> None:
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._host.copy_(tensor, non_blocking=True)
-        self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record()
 
     def ready(self) -> bool:
-        return bool(self._event.query())
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def values(self) -> list[float]:
         self._event.synchronize()
@@ -80,7 +80,7 @@ class GPUAccelerator(DeviceAccelerator):
         reuse the memory of batches that have been let go, and it costs nothing: what was queued then is one window
         older than the one that the copy overlaps with.
         """
-        stream = torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         waiting: deque[tuple[MicroBatch, torch.cuda.Event]] = deque()
         for batch in batches:
             stream.wait_stream(torch.cuda.current_stream())

@@ -59,6 +59,7 @@ _STYLE: dict[Any, Any] = {
     "legend.framealpha": 0.85,
     "legend.fontsize": 8.0,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names are names
 }
 
 
@@ -124,7 +125,7 @@ def _draw_panel(panel: Axes, title: str, names: Sequence[str], runs: Sequence[Ru
                 _draw_curve(panel, name, run.curves[name], color, several=len(runs) > 1, smooth=smooth)
         if len(runs) == 1:
             _draw_marks(panel, run)
-    if len(runs) == 1 and len(names) > 1:
+    if len(runs) == 1 and (len(names) > 1 or role(names[0]) != "training"):
         panel.legend()
 
 
@@ -224,8 +225,9 @@ def _terminal_panel(
     heading, drawn_steps, drawn_values = [], [], []
     for number, (run, name) in enumerate((run, name) for run in runs for name in names if name in run.curves):
         values = _line(name, run.curves[name], smooth)
-        finite = np.isfinite(values)
-        steps, values = run.curves[name].steps[finite], values[finite]
+        shown = np.flatnonzero(np.isfinite(values))
+        shown = shown[:: max(1, shown.size // (4 * width))]  # characters cannot show more
+        steps, values = run.curves[name].steps[shown], values[shown]
         code = _TERMINAL_COLORS[number % len(_TERMINAL_COLORS)]
         symbol = "braille" if color or not number else "oxabcdefgh"[number % 10]
         marker = plotext.marker(symbol, code)
@@ -236,8 +238,12 @@ def _terminal_panel(
         drawn_steps.append(steps)
         drawn_values.append(values)
     _terminal_ticks(figure, np.concatenate(drawn_steps), np.concatenate(drawn_values), log_scale)
-    words = [_ansi(title.replace("_", " "), "1", color), *(heading if len(heading) > 1 else [])]
-    return "   ".join(words) + "\n" + str(figure.build().string(colorless=not color))
+    words = [
+        _ansi(title.replace("_", " "), "1", color),
+        *(heading if len(heading) > 1 or role(names[0]) != "training" else []),
+    ]
+    lines = words if len(runs) > 1 else ["   ".join(words)]
+    return "\n".join([*lines, str(figure.build().string(colorless=not color))])
 
 
 def _terminal_ticks(figure: Any, steps: NDArray[np.int64], values: NDArray[np.float64], log_scale: bool) -> None:

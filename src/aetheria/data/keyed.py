@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import operator
 import signal
 from collections import deque
@@ -120,7 +121,7 @@ class KeyedBatchSampler:
             yield keys[0] if self.batch_size is None else keys
 
     def __len__(self) -> int:
-        return -(-self.stop // (self.batch_size or 1))
+        return math.ceil(self.stop / (self.batch_size or 1))
 
 
 class ReplayedSampler:

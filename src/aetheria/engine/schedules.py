@@ -68,7 +68,7 @@ class Schedules:
     def step(self) -> None:
         """Steps the per-step schedulers; called after each optimiser step that was taken."""
         for scheduler in self.per_step:
-            scheduler.step()  # type: ignore[call-arg]
+            scheduler.step()
 
     def epoch(self, metrics: dict[str, float]) -> None:
         """Steps the per-epoch schedulers.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -116,9 +118,9 @@ def describe_model(model: AetherModel) -> dict[str, Any]:
     stored: dict[str, Any] = {}
     unstored = []
     for name, value in model.hyperparameters.items():
-        if _is_json(value):
-            stored[name] = value
-        else:
+        try:
+            stored[name] = _as_json(value)
+        except TypeError:
             unstored.append(name)
     return {
         "name": Registry.name_of("model", type(model)),
@@ -128,12 +130,19 @@ def describe_model(model: AetherModel) -> dict[str, Any]:
     }
 
 
-def _is_json(value: Any) -> bool:
+def _as_json(value: Any) -> Any:
+    """Returns a constructor argument as a configuration would spell it; the registry turns it back when it builds."""
+    if isinstance(value, Enum):
+        return _as_json(value.value)
+    if isinstance(value, Path):
+        return str(value)
     if value is None or isinstance(value, bool | int | float | str):
-        return True
+        return value
     if isinstance(value, list | tuple):
-        return all(_is_json(item) for item in value)
-    return isinstance(value, dict) and all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+        return [_as_json(item) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _as_json(item) for key, item in value.items()}
+    raise TypeError(f"a {type(value).__name__} is not plain")
 
 
 def restore_model(model: nn.Module, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:

@@ -208,8 +208,8 @@ def _wrong_with(loss: Any) -> str:
         return f'training_step returned "loss" as a {type(loss).__name__}; expected a scalar tensor with a gradient.'
     if loss.numel() != 1:
         return (
-            f'training_step returned "loss" of shape {list(loss.shape)}; expected a scalar. Take its mean(); the losses '
-            'of single samples go under "sample_loss".'
+            f'training_step returned "loss" of shape {list(loss.shape)}; expected a scalar. Take its mean(); '
+            'the losses of single samples go under "sample_loss".'
         )
     if not loss.requires_grad:
         return (

@@ -129,7 +129,7 @@ def _dump(content: dict[str, Any]) -> bytes:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Returns the bytes of a tensor in host memory, in the order of its elements."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:

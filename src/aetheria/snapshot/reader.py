@@ -85,7 +85,7 @@ class Snapshot:
 
 
 def list_snapshots(folder: Path) -> list[Snapshot]:
-    """Returns the snapshots of a folder, the oldest first, without checking them; folders without a manifest are none."""
+    """Returns the snapshots of a folder, the oldest first, unchecked. A folder without a manifest is not one."""
     if not folder.is_dir():
         return []
     return [

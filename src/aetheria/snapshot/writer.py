@@ -256,6 +256,6 @@ class _HashingFile:
 def _write_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     with path.open("wb") as file:
         hashing = _HashingFile(file)
-        torch.save(state, hashing)
+        torch.save(state, hashing)  # type: ignore[arg-type]  # it asks for no more than write and flush
         _fsync(file)
     return {"bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest()}

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
 from aetheria.config import TrainingConfig
 from aetheria.core import Accelerator, AetherModel
 from aetheria.plugins import SimpleMLP
-from torch import Tensor
-from torch.optim import Optimizer
 
 
 class HostAccelerator(Accelerator):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 from aetheria.core import Logger
@@ -53,6 +54,8 @@ class TensorBoardLogger(Logger):
                 str(self.context.folder / "tensorboard"),
                 purge_step=step + 1 if step else None,
                 flush_secs=10,
+                # Files are named after the second; a run that dies and continues within it would lose the first.
+                filename_suffix=f".{time.time_ns()}",
             )
         return self._writer
 

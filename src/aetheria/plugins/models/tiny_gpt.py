@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aetheria.core import AetherModel, OptimizerPlan, Schedule
-from aetheria.errors import ConfigError
+from aetheria.errors import ConfigError, ModelError
 from aetheria.plugins.optimizers import warmup_cosine
 from aetheria.registry import Registry
 
@@ -144,7 +144,15 @@ class TinyGPT(AetherModel):
 
         Returns:
             Logits of shape [batch, time, 256].
+
+        Raises:
+            ModelError: there are more tokens than `block_size`.
         """
+        if tokens.shape[1] > self.block_size:
+            raise ModelError(
+                f"TinyGPT got {tokens.shape[1]} tokens in a row and has positions for block_size={self.block_size}. "
+                "Give the data the same block_size as the model."
+            )
         hidden = self.norm(self.blocks(self.embedding(tokens)))
         return functional.linear(hidden, self.embedding.weight)
 
