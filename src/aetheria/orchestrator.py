@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aetheria.accelerator import create_accelerator
-from aetheria.accelerator.select import make_deterministic
+from aetheria.accelerator.select import deterministic
 from aetheria.config import TrainingConfig
 from aetheria.core import Accelerator, AetherDataModule, AetherModel, Callback, RunEvent, RunResult
 from aetheria.data import LoaderDataModule
@@ -177,6 +177,7 @@ class Orchestrator:
             )
             closing.callback(self._keeper.close)
             closing.callback(self.accelerator.cleanup)
+            closing.enter_context(deterministic(self.config.deterministic))
             with StopSignals(self._notify) as self._signals:
                 try:
                     self._prepare()
@@ -195,7 +196,6 @@ class Orchestrator:
             callback.context = self
         for warning in opened.warnings:
             self.record("warning", warning)
-        make_deterministic(config.deterministic)
         seed_generators(mix(config.seed, TRAINING_STREAM, self.accelerator.rank))
         self.accelerator.setup(self.model)
         self._schedules = Schedules(as_plan(self.model.configure_optimizers()))

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import typer
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from aetheria.cli.runs import plot, runs, show
 from aetheria.config import TrainingConfig
@@ -145,7 +144,8 @@ def test_show_tells_what_a_run_is(runs_dir: Path) -> None:
     snapshots = runs_dir / "digits-two-b2" / "snapshots"
     for step in (100, 200):
         (snapshots / f"step-{step:08d}").mkdir(parents=True)
-        manifest = {"step": step, "created": "2026-01-03T00:00:00+00:00", "metrics": {"val_loss": 0.25}}
+        manifest = {"step": step, "epoch": 0, "created": "2026-01-03T00:00:00+00:00", "reason": "every epoch"}
+        manifest |= {"metrics": {"val_loss": 0.25}, "pinned": False, "files": {"model.safetensors": {"bytes": 9}}}
         (snapshots / f"step-{step:08d}" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     (snapshots / "step-00000200" / "manifest.json").write_text("{", encoding="utf-8")
     (snapshots / "step-00000300.tmp").mkdir()

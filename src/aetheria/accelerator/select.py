@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -10,7 +12,7 @@ from aetheria.config import TrainingConfig
 from aetheria.core import Accelerator
 from aetheria.registry import Registry
 
-__all__ = ["best_device", "create_accelerator", "make_deterministic"]
+__all__ = ["best_device", "create_accelerator", "deterministic"]
 
 
 def best_device() -> str:
@@ -36,12 +38,21 @@ def create_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def make_deterministic(enabled: bool) -> None:
-    """Asks torch for algorithms that give the same bits every time; those that have none then raise.
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Asks torch, for the time of a block, for algorithms that give the same bits every time.
 
-    See https://docs.pytorch.org/docs/stable/notes/randomness.html
+    Operations that have none then raise. See https://docs.pytorch.org/docs/stable/notes/randomness.html
     """
-    if enabled:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # must be set before the first CUDA call
-    torch.use_deterministic_algorithms(enabled)
+    if not enabled:  # not even to say so: torch imports its compiler when it is asked, which takes seconds
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first CUDA call
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

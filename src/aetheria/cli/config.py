@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from aetheria.cli._errors import errors_told
+
 app = typer.Typer(help="Check a configuration, or print its JSON Schema.", no_args_is_help=True)
 
 
@@ -28,6 +30,7 @@ def schema() -> None:
 
 
 @app.command()
+@errors_told()
 def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The configuration.")],
     overrides: Annotated[
@@ -39,14 +42,9 @@ def check(
 ) -> None:
     """Say whether FILE can be used, or everything that is wrong with it, line by line."""
     from aetheria.config import TrainingConfig
-    from aetheria.errors import ConfigError
     from aetheria.yaml_source import dump_yaml
 
-    try:
-        config = TrainingConfig.from_yaml(file, overrides or ())
-    except ConfigError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(2) from None
+    config = TrainingConfig.from_yaml(file, overrides or ())
     typer.echo(f"{file} is valid", err=resolved is not None)  # what is printed then can be piped into a file
     if resolved is Format.JSON:
         typer.echo(json.dumps(config.resolved(), indent=2))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 import shlex
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from aetheria.cli._display import duration, moment, number, text_console
+from aetheria.cli._errors import errors_told
 
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run folder, any part of a run's name, or @last for the newest.")
@@ -42,7 +40,7 @@ def show(run: RunArgument, runs_dir: RunsDir = Path("runs"), as_json: AsJson = F
     from aetheria.cli.summary import describe, json_text
     from aetheria.runs import resolve_run
 
-    with _errors_told():
+    with errors_told():
         content = describe(resolve_run(run, runs_dir))
     if as_json:
         typer.echo(json_text(content))
@@ -74,40 +72,20 @@ def plot(
     from aetheria.cli.plotting import draw_in_terminal, save_figure
     from aetheria.runs import resolve_run
 
-    with _errors_told():
+    with errors_told():
         folders = [resolve_run(name, runs_dir) for name in dict.fromkeys([run, *(compare or ())])]
         curves = [read_curves(folder, metrics or ()) for folder in folders]
         if output is not None:
             save_figure(curves, output, smooth)
             typer.echo(output)
             return
-    console = _console()
+    console = text_console()
     color = console.is_terminal and not console.no_color
     width = min(console.width, 160) if console.is_terminal else 100
     typer.echo(draw_in_terminal(curves, width, smooth, color), color=color)
 
 
 # --- printing --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _errors_told() -> Iterator[None]:
-    """Ends the command with the error's message and exit code 2 where something named by the user is wrong."""
-    from aetheria.errors import AetheriaError
-
-    try:
-        yield
-    except AetheriaError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(2) from None
-
-
-def _console() -> Console:
-    """Returns a console that takes text as it is; piped output is not folded to a terminal nobody looks at."""
-    from rich.console import Console
-
-    console = Console(markup=False, highlight=False)
-    return console if console.is_terminal else Console(markup=False, highlight=False, width=160)
 
 
 def _print_table(lines: Iterable[dict[str, Any]]) -> None:
@@ -124,12 +102,12 @@ def _print_table(lines: Iterable[dict[str, Any]]) -> None:
         table.add_row(
             line["run_id"],
             Text(line["status"], style=_STATUS_STYLES.get(line["status"], "yellow")),
-            _number(line["global_step"]),
+            number(line["global_step"]),
             best.get("metric", ""),
             *(f"{point['value']:.4g}" if "value" in point else "" for point in (last, best)),
-            _duration(line["age_seconds"]),
+            duration(line["age_seconds"]),
         )
-    _console().print(table)
+    text_console().print(table)
     for line in lines:
         if line["error"]:
             typer.echo(f"{line['run_id']}: {line['error']}", err=True)
@@ -139,7 +117,7 @@ def _print_run(content: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = _console()
+    console = text_console()
 
     def section(title: str, rows: Iterable[Iterable[str]], *headings: str) -> None:
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=bool(headings), header_style="dim")
@@ -158,26 +136,26 @@ def _print_run(content: dict[str, Any]) -> None:
     rows = ((name, *_point(each["last"]), *_point(each["best"])) for name, each in content["metrics"].items())
     section("metrics", rows, "", "last", "at step", "best", "at step")
     section("snapshots", (_snapshot(each) for each in content["snapshots"]))
-    events = ((_number(e["step"]), _moment(e["time"]), e["kind"], e["message"]) for e in content["events"][-8:])
+    events = ((number(e["step"]), moment(e["time"]), e["kind"], e["message"]) for e in content["events"][-8:])
     section("last events", events, "step", "time", "", "")
-    notes = ((_number(note["step"]), _moment(note["time"]), note["author"], note["text"]) for note in content["notes"])
+    notes = ((number(note["step"]), moment(note["time"]), note["author"], note["text"]) for note in content["notes"])
     section("notes", notes, "step", "time", "", "")
 
 
 def _identity(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
     detail = content.get("status_detail")
     yield "status", content["status"] + (f": {detail}" if detail else "")
-    yield "step", _number(content.get("global_step"))
+    yield "step", number(content.get("global_step"))
     if content["status"] in ("killed", "interrupted"):
         yield "continue", f"aetheria continue {content['run_id']}"
     if created := content.get("created"):
-        yield "created", f"{_moment(created)} ({_duration(content['age_seconds'])} ago)"
+        yield "created", f"{moment(created)} ({duration(content['age_seconds'])} ago)"
     yield "folder", content["folder"]
     if command := content.get("command"):
         yield "command", shlex.join(command) + (f"   in {content['directory']}" if content.get("directory") else "")
     yield "process", f"{content.get('pid')} on {content.get('host')}"
     if len(content["lives"]) > 1:
-        steps = ", ".join(_number(life["start_step"]) for life in content["lives"][1:])
+        steps = ", ".join(number(life["start_step"]) for life in content["lives"][1:])
         yield "resumed", f"{len(content['lives']) - 1} times, at step {steps}"
     if content.get("seed") is not None:
         yield "seed", str(content["seed"])
@@ -190,34 +168,8 @@ def _identity(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _snapshot(snapshot: dict[str, Any]) -> tuple[str, str, str]:
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in snapshot["metrics"].items())
-    return snapshot["name"], _moment(snapshot["created"]), snapshot.get("error") or metrics
+    return snapshot["name"], moment(snapshot["created"]), snapshot.get("error") or metrics
 
 
 def _point(point: dict[str, Any] | None) -> tuple[str, str]:
-    return ("", "") if point is None else (f"{point['value']:.6g}", _number(point["step"]))
-
-
-def _number(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
-
-
-def _moment(when: float | str | None) -> str:
-    """Returns the local time of a moment, given in seconds since 1970 or as ISO 8601 with its zone."""
-    if when is None:
-        return ""
-    utc = (
-        datetime.datetime.fromisoformat(when)
-        if isinstance(when, str)
-        else datetime.datetime.fromtimestamp(when, datetime.UTC)
-    )
-    return utc.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _duration(seconds: float | None) -> str:
-    """Returns a length of time in its largest unit."""
-    if seconds is None:
-        return ""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
+    return ("", "") if point is None else (f"{point['value']:.6g}", number(point["step"]))

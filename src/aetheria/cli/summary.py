@@ -13,7 +13,7 @@ from aetheria.errors import AetheriaError
 from aetheria.loom.reader import RunReader
 from aetheria.runs import RunFolder
 
-__all__ = ["describe", "json_text", "summarize"]
+__all__ = ["describe", "json_text", "list_snapshots", "summarize"]
 
 
 def summarize(run: RunFolder) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def describe(run: RunFolder) -> dict[str, Any]:
         "age_seconds": _age(content.get("created")),
         "config_changes": _changes(content.get("config") or {}),
         "metrics": metrics,
-        "snapshots": _snapshots(run),
+        "snapshots": list_snapshots(run),
         "lives": [life._asdict() for life in reader.lives()],
         "events": [event._asdict() for event in reader.events()],
         "notes": [note._asdict() for note in reader.notes()],
@@ -120,15 +120,26 @@ def _changes(config: dict[str, Any], default: dict[str, Any] | None = None, pref
     return changes
 
 
-def _snapshots(run: RunFolder) -> list[dict[str, Any]]:
-    """Returns the snapshots, the oldest first; of a damaged one only its name, and why it is."""
+def list_snapshots(run: RunFolder) -> list[dict[str, Any]]:
+    """Returns the snapshots of a run, the oldest first, as their manifests describe them; torch is not needed for that.
+
+    "best" marks those that the run's `snapshots.keep_best` keeps. Of one whose manifest cannot be read only the name is
+    known, and "error" says why; whether its files are whole, `aetheria snapshot verify` finds out.
+    """
     found: list[dict[str, Any]] = []
     for manifest in sorted(run.snapshots.glob("step-*/manifest.json")):
-        line: dict[str, Any] = {"name": manifest.parent.name, "step": None, "created": None, "metrics": {}}
+        line: dict[str, Any] = {"name": manifest.parent.name, "step": None, "epoch": None, "created": None}
+        line |= {"reason": "", "bytes": None, "metrics": {}, "best": False, "pinned": False}
         try:
             content = json.loads(manifest.read_text(encoding="utf-8"))
-            line |= {key: content[key] for key in ("step", "created", "metrics")}
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            line |= {key: content[key] for key in ("step", "epoch", "created", "reason", "metrics", "pinned")}
+            line["bytes"] = sum(file["bytes"] for file in content["files"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             line["error"] = f"its manifest does not read ({error!r})"
         found.append(line)
+    if keep_best := ((run.read().get("config") or {}).get("snapshots") or {}).get("keep_best"):
+        metric, sign = keep_best["metric"], -1 if keep_best["mode"] == "max" else 1
+        measured = [line for line in found if not math.isnan(line["metrics"].get(metric, math.nan))]
+        for line in sorted(measured, key=lambda line: sign * line["metrics"][metric])[: keep_best["k"]]:
+            line["best"] = True
     return found

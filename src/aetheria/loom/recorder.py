@@ -73,7 +73,7 @@ class _Batch(NamedTuple):
 
 
 class Recorder:
-    """Records the metrics, events and notes of one life of a run; never blocks, never raises into training.
+    """Records the metrics, events and notes of one life of a run. Trouble with the disk never reaches the training.
 
     Everything is queued and written by a thread of its own, a few times a second, in one transaction. Where the
     database cannot be written (a full disk, a folder that is gone) this is reported once, and tried again until it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -221,7 +222,7 @@ def test_warm_up_then_cosine_then_the_minimum_for_ever():
         scheduler.step()
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
     assert rates[9] == pytest.approx(1.1)  # half-way down
-    assert all(later < earlier for earlier, later in zip(rates[4:14], rates[5:15], strict=True))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[4:15]))
     assert rates[14:] == pytest.approx([0.2] * 6)
 
 

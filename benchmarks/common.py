@@ -1,0 +1,168 @@
+"""What every benchmark has in common: how figures are summarised, where they are written, and what stands beside them.
+
+A benchmark writes `results/<name>.json`; `results/README.md` is made anew from all of them. Every file says machine,
+versions, command and date, and keeps what was slower than hoped like the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["Figure", "parser", "report", "summarise"]
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("aetheria", "torch", "numpy", "lightning", "accelerate", "pytorch-ignite")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of a table.
+
+    Attributes:
+        name: what was measured.
+        unit: of the numbers.
+        median: the middle one of the samples; None where the contestant is absent.
+        low: lower end of the 95 % bootstrap interval of the median.
+        high: upper end.
+        mean: also shows what happens too seldom to move a median.
+        samples: how many values these come from: pairs of blocks, or rounds.
+        target: what it should not exceed.
+        note: what the reader should know.
+    """
+
+    name: str
+    unit: str
+    median: float | None = None
+    low: float | None = None
+    high: float | None = None
+    mean: float | None = None
+    samples: int = 0
+    target: float | None = None
+    note: str = ""
+
+
+def summarise(name: str, unit: str, values: Sequence[float], target: float | None = None, note: str = "") -> Figure:
+    """Returns median, mean and the 95 % interval of the median, by the percentile bootstrap with 4,000 resamples.
+
+    Efron, "Bootstrap Methods: Another Look at the Jackknife", Annals of Statistics 7(1), 1979.
+    """
+    array = np.asarray(values)
+    drawn = np.random.default_rng(0).integers(0, len(array), size=(4000, len(array)))
+    low, high = np.percentile(np.median(array[drawn], axis=1), (2.5, 97.5))
+    return Figure(
+        name, unit, float(np.median(array)), float(low), float(high), float(array.mean()), len(array), target, note
+    )
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser with the options that all benchmarks take."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--short", action="store_true", help="few samples: shows that it runs, not how fast")
+    made.add_argument("--no-save", action="store_true", help="print the table only")
+    return made
+
+
+def report(name: str, title: str, figures: Sequence[Figure], *, save: bool, settings: dict[str, Any]) -> None:
+    """Prints a table; writes the results file and makes the Markdown page of all of them anew.
+
+    Args:
+        name: of the results file.
+        title: one line: what is compared with what.
+        figures: the lines of the table.
+        save: whether to write.
+        settings: what the figures depend on besides machine and versions.
+    """
+    content = {
+        "title": title,
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": _machine(),
+        "versions": _versions(),
+        "settings": settings,
+        "figures": [asdict(figure) for figure in figures],
+    }
+    print("\n".join(_section(content)))
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        _write_page()
+
+
+def _machine() -> dict[str, Any]:
+    model = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        lines = (line for line in information.read_text().splitlines() if line.startswith("model name"))
+        model = next(lines, model).partition(":")[2].strip() or model
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "load_average": round(os.getloadavg()[0], 1),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _write_page() -> None:
+    lines = ["# Results", "", "Made by the scripts in `benchmarks/` from the JSON files beside it; do not edit.", ""]
+    for path in sorted(RESULTS.glob("*.json")):
+        lines += [f"## {path.stem}", "", *_section(json.loads(path.read_text())), ""]
+    (RESULTS / "README.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def _section(content: dict[str, Any]) -> list[str]:
+    machine, versions = content["machine"], content["versions"]
+    lines = [
+        content["title"],
+        "",
+        "| | median | 95 % interval | mean | samples | target | |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for line in content["figures"]:
+        figure = Figure(**line)
+        if figure.median is None:
+            lines.append(f"| {figure.name} | absent | | | | | {figure.note} |")
+            continue
+        median, low, high, mean = (_number(value) for value in (figure.median, figure.low, figure.high, figure.mean))
+        target = "" if figure.target is None else f"{_number(figure.target)} {figure.unit}"
+        lines.append(
+            f"| {figure.name} | {median} {figure.unit} | {low} to {high} | {mean} | {figure.samples} | {target} "
+            f"| {figure.note} |"
+        )
+    return [
+        *lines,
+        "",
+        f"`{content['command']}`, {content['date']}; {machine['cores']} cores of {machine['processor']}, "
+        f"{machine['memory_gb']} GB, {machine['system']}, {machine['threads']} thread(s), load {machine['load_average']}"
+        " at the end; " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".",
+    ]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

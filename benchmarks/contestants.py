@@ -1,0 +1,227 @@
+"""The same MLP trained by every contestant: the loop by hand, ours, and the peers', each as its documentation has it.
+
+Everybody gets the same pre-made batches, the same model and the same Adam; nobody reads the loss (`.item()`) unless
+its logging does. The peers are given the cheapest form that they document: no progress bar, no checkpoints, and the
+iterable as it is rather than wrapped by their data loaders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from aetheria import AetherModel, Orchestrator, TrainingConfig
+from aetheria.loom import recorder
+from aetheria.plugins.callbacks.progress_bar import ProgressBar
+from benchmarks.pairs import IterableLane, Lane, SequenceLane
+
+__all__ = ["CONTESTANTS", "FEATURES", "lane_of"]
+
+FEATURES, HIDDEN = 10, 64
+
+
+def network() -> nn.Sequential:
+    """Returns the model, with the same weights for everybody."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
+
+
+def by_hand(batches: Lane) -> None:
+    """What everybody else is compared with."""
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+    for features, targets in batches:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(features), targets)
+        loss.backward()
+        optimizer.step()
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+class _Model(AetherModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = network()
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        features, targets = batch
+        return {"loss": nn.functional.mse_loss(self.network(features), targets)}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
+
+
+class _Terminal(io.StringIO):
+    """Something that says it is a terminal, so that the bars are drawn, and forgets what is drawn."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+class _PacedProgressBar(ProgressBar):
+    """The progress bar, drawn during its own contestant's turns only."""
+
+    def __init__(self, lane: Lane) -> None:
+        # Half as often by the clock on the wall, of which half is this contestant's: four times a second, as usual.
+        super().__init__(refresh_per_second=2.0, console=Console(file=_Terminal(), force_terminal=True, width=120))
+        self._lane = lane
+
+    def _draw(self) -> Any:
+        self._lane.wait_for_turn()
+        return super()._draw()
+
+
+def _pace_recorder(lane: Lane) -> None:
+    """Has `run.db` written during this contestant's turns only, as often in its own time as usual."""
+    commit = recorder.Recorder._commit
+
+    def paced(self: recorder.Recorder) -> bool:
+        lane.wait_for_turn()
+        return commit(self)
+
+    recorder.Recorder._commit = paced  # type: ignore[method-assign]
+    recorder._INTERVAL *= 2
+
+
+def aetheria_bare(batches: Lane) -> None:
+    """No callbacks, no loggers, but `run.db`, which every run writes."""
+    _train_ours(batches, [])
+
+
+def aetheria_logging(batches: Lane) -> None:
+    """With `run.db` and the progress bar on a terminal; `log_every` is 10, as by default."""
+    _train_ours(batches, [_PacedProgressBar(batches)])
+
+
+def _train_ours(batches: Lane, callbacks: list[Any]) -> None:
+    _pace_recorder(batches)
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainingConfig(max_steps=len(batches), runs_dir=folder, accelerator="cpu")
+        Orchestrator(_Model(), batches, config, callbacks=callbacks).run()
+
+
+# --- the peers -------------------------------------------------------------------------------------------------------
+
+
+def fabric(batches: Lane) -> None:
+    """Lightning Fabric: model and optimiser set up by it, backward through it."""
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = network()
+    model, optimizer = fabric.setup(model, torch.optim.Adam(model.parameters()))
+    for features, targets in batches:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(features), targets)
+        fabric.backward(loss)
+        optimizer.step()
+
+
+def accelerate(batches: Lane) -> None:
+    """Accelerate: model and optimiser prepared by it, backward through it."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = network()
+    model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters()))
+    for features, targets in batches:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(features), targets)
+        accelerator.backward(loss)
+        optimizer.step()
+
+
+def ignite(batches: Lane) -> None:
+    """Ignite: an engine around the loop's body, which returns the loss as it is."""
+    from ignite.engine import Engine
+
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def update(_engine: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        features, targets = batch
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(features), targets)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    Engine(update).run(batches, max_epochs=1, epoch_length=len(batches))
+
+
+def lightning_bare(batches: Lane) -> None:
+    """Lightning's Trainer with everything that can be switched off switched off, by its own `barebones=True`."""
+    _train_lightning(batches, log=False, barebones=True)
+
+
+def lightning_logging(batches: Lane) -> None:
+    """Lightning's Trainer with `self.log` and a CSVLogger written every 10 steps; no progress bar, no checkpoints."""
+    from lightning.pytorch.loggers import CSVLogger
+
+    with tempfile.TemporaryDirectory() as folder:
+        _train_lightning(
+            batches,
+            log=True,
+            logger=CSVLogger(folder),
+            log_every_n_steps=10,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+
+def _train_lightning(batches: Lane, log: bool, **options: Any) -> None:
+    import lightning
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network()
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
+            features, targets = batch
+            loss = nn.functional.mse_loss(self.network(features), targets)
+            if log:
+                self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters())
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        lightning.Trainer(max_epochs=1, accelerator="cpu", devices=1, **options).fit(Module(), batches)
+
+
+CONTESTANTS: dict[str, Callable[[Lane], None]] = {
+    "the same loop by hand again": by_hand,
+    "Aetheria bare": aetheria_bare,
+    "Aetheria with run.db and progress bar": aetheria_logging,
+    "Ignite": ignite,
+    "Fabric": fabric,
+    "Accelerate": accelerate,
+    "Lightning bare": lightning_bare,
+    "Lightning with self.log and CSVLogger": lightning_logging,
+}
+
+
+def lane_of(name: str, batches: list[Any], block: int, turns: int) -> Lane:
+    """Returns a lane in the form that a contestant takes data in."""
+    kind = SequenceLane if name.startswith("Aetheria") else IterableLane
+    return kind(batches, block, turns)

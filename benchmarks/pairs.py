@@ -1,0 +1,135 @@
+"""Two training loops take turns in one process, a short block of steps each, so that both meet the same machine.
+
+Every contestant runs its own, true loop, in a thread of its own. What alternates them is their data: after every block
+of batches the iterable stops, tells the referee, and waits for its next turn. The clock starts after a turn has been
+given and stops when the block is used up, so waiting is never measured; what the data cost is the same for everybody.
+
+A contestant's background threads must not work during the other one's turn: they call `Lane.wait_for_turn`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
+from time import perf_counter
+from typing import Any
+
+__all__ = ["IterableLane", "Lane", "SequenceLane", "alternate"]
+
+
+class Lane:
+    """The data of one contestant, and its gate.
+
+    Args:
+        batches: what is trained on, over and over.
+        block: batches in a turn.
+        turns: how many turns it will get; then the data end.
+    """
+
+    def __init__(self, batches: Sequence[Any], block: int, turns: int) -> None:
+        self._batches = batches
+        self._block = block
+        self._turns = turns
+        self._go: SimpleQueue[None] = SimpleQueue()
+        self._done: SimpleQueue[float | BaseException | None] = SimpleQueue()
+        self._running = threading.Event()
+        self._opened: float | None = None
+
+    def __len__(self) -> int:
+        return self._block * self._turns
+
+    def start(self, train: Callable[[Any], object]) -> None:
+        """Begins to train on this lane, as far as its first batch."""
+
+        def run() -> None:
+            try:
+                train(self)
+            except BaseException as error:  # noqa: BLE001 - handed to the referee, who raises it
+                self._done.put(error)
+            else:
+                self._done.put(None)
+
+        threading.Thread(target=run, daemon=True).start()
+        self._answer()
+
+    def turn(self) -> float:
+        """Lets the contestant run for one block; returns the seconds it took."""
+        self._running.set()
+        self._go.put(None)
+        seconds = self._answer()
+        if seconds is None:
+            raise RuntimeError("a contestant ended before its data did")
+        return seconds
+
+    def finish(self) -> None:
+        """Lets the contestant run to its end, unmeasured: the last turn, and whatever it does afterwards."""
+        ended = False
+        while not ended:
+            self._running.set()
+            self._go.put(None)
+            ended = self._answer() is None
+
+    def wait_for_turn(self) -> None:
+        """Holds a background thread of this contestant until it may work."""
+        self._running.wait()
+
+    def _answer(self) -> float | None:
+        answer = self._done.get()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def _pass_the_gate(self) -> None:
+        """Called by the data between two blocks."""
+        now = perf_counter()
+        if self._opened is not None:
+            self._running.clear()
+        self._done.put(0.0 if self._opened is None else now - self._opened)
+        self._go.get()
+        self._opened = perf_counter()
+
+
+class IterableLane(Lane):
+    """Data that are iterated, once."""
+
+    def __iter__(self) -> Iterator[Any]:
+        batches, count = self._batches, len(self._batches)
+        for first in range(0, len(self), self._block):
+            self._pass_the_gate()
+            for number in range(first, first + self._block):
+                yield batches[number % count]
+
+
+class SequenceLane(Lane, Sequence[Any]):
+    """Data that are asked for by number, in order."""
+
+    def __getitem__(self, number: Any) -> Any:
+        if number % self._block == 0:
+            self._pass_the_gate()
+        return self._batches[number % len(self._batches)]
+
+
+def alternate(first: Lane, second: Lane, pairs: int, warm_up: int) -> list[tuple[float, float]]:
+    """Gives two contestants, already started, turns; returns the seconds of each pair of blocks.
+
+    They begin alternately (ABBA), so that a machine that grows slower or faster favours neither.
+
+    Args:
+        first: one contestant's lane, of at least `pairs + warm_up + 1` turns.
+        second: the other's.
+        pairs: turns that count.
+        warm_up: turns before them.
+    """
+    seconds = []
+    for number in range(warm_up + pairs):
+        if number % 2 == 0:
+            one = first.turn()
+            other = second.turn()
+        else:
+            other = second.turn()
+            one = first.turn()
+        seconds.append((one, other))
+    first.finish()
+    second.finish()
+    return seconds[warm_up:]

@@ -1,0 +1,114 @@
+"""`aetheria train`, `aetheria continue`: from a configuration, or from a run folder, to trained weights."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from aetheria.cli._errors import errors_told, tracebacks_kept
+from aetheria.cli.runs import RunArgument, RunsDir
+
+if TYPE_CHECKING:
+    from aetheria.config import TrainingConfig
+    from aetheria.core import RunResult
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the configuration; may be repeated."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+
+@errors_told()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The configuration, a YAML file.")],
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="latest|PATH", help="Go on with the newest run, a run folder, or from a snapshot."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train what CONFIG describes. Ctrl-C stops it with a snapshot; a second one stops it at once."""
+    from aetheria.config import TrainingConfig
+
+    checked = TrainingConfig.from_yaml(config, overrides or ())  # before torch is imported, which takes seconds
+    _run(checked, resume, quiet)
+
+
+@errors_told()
+def continue_(
+    run: RunArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs"), quiet: Quiet = False
+) -> None:
+    """Go on with RUN in its folder, from its newest good snapshot, bit for bit as if it had never stopped."""
+    from aetheria.runs import resolve_run
+
+    path = resolve_run(run, runs_dir).path
+
+    from aetheria.engine.assembly import config_of_run
+
+    _run(config_of_run(path, overrides or ()), path, quiet)
+
+
+def _run(config: TrainingConfig, resume_from: str | Path | None, quiet: bool) -> None:
+    from aetheria.orchestrator import Orchestrator
+    from aetheria.plugins import ProgressBar
+
+    with tracebacks_kept():
+        orchestrator = Orchestrator.from_config(config)
+        shown = [callback for callback in orchestrator.callbacks if isinstance(callback, ProgressBar)]
+        if quiet:
+            orchestrator.callbacks = [callback for callback in orchestrator.callbacks if callback not in shown]
+        elif not shown:
+            orchestrator.callbacks.append(ProgressBar())
+        try:
+            result = orchestrator.run(resume_from)
+        except KeyboardInterrupt as error:
+            if not hasattr(orchestrator, "folder"):
+                raise  # there is no run yet that could be continued
+            typer.echo(f"{error}\n\nContinue with:\n  {_continue_command(orchestrator.folder)}", err=True)
+            raise typer.Exit(130) from None
+    _print_result(result, config)
+    if result.signal is not None:
+        raise typer.Exit(128 + result.signal)
+
+
+def _print_result(result: RunResult, config: TrainingConfig) -> None:
+    from aetheria.cli.summary import summarize
+    from aetheria.runs import RunFolder
+
+    run = _shown(result.folder)
+    typer.echo(f"\n{result.status}: {result.reason}\n")
+    rows = {"run": run, "step": f"{result.global_step:,}"}
+    if result.metrics:
+        rows["last"] = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    best = summarize(RunFolder(result.folder))["best"]
+    if best and "value" in best:
+        rows["best"] = f"{best['metric']} {best['value']:.4g} at step {best['step']:,}"
+    rows["digest"] = result.digest[:16]
+    for name, value in rows.items():
+        typer.echo(f"  {name:<8}{value}")
+    if result.signal is not None:
+        typer.echo(f"\nContinue with:\n  {_continue_command(result.folder)}")
+        return
+    reached_steps = config.max_steps is not None and result.global_step >= config.max_steps
+    typer.echo(
+        "\nNext:\n"
+        f"  aetheria show {run}\n"
+        f"  aetheria plot {run} -o curves.png\n"
+        f"  aetheria predict {run} --input FILE --output FILE\n"
+        f"  {_continue_command(result.folder)} --set {'max_steps' if reached_steps else 'epochs'}=N    # train longer"
+    )
+
+
+def _continue_command(folder: Path) -> str:
+    return f"aetheria continue {_shown(folder)}"
+
+
+def _shown(folder: Path) -> str:
+    """Returns a folder as it can be typed here."""
+    here = Path.cwd()
+    return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
