@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import inspect
 from abc import ABC, ABCMeta, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -403,7 +403,13 @@ def recursive_to_device(batch: Any, device: torch.device | str) -> Any:
         return to(device)
     if isinstance(batch, Mapping):
         moved = {key: recursive_to_device(value, device) for key, value in batch.items()}
-        return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]
+        if type(batch) is dict:
+            return moved
+        if not isinstance(batch, MutableMapping):
+            return type(batch)(moved)  # type: ignore[call-arg]
+        mapping = copy.copy(batch)  # not type(batch)(moved): a defaultdict is not made of another one
+        mapping.update(moved)
+        return mapping
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(recursive_to_device(value, device) for value in batch))
     if isinstance(batch, list | tuple):
@@ -411,7 +417,8 @@ def recursive_to_device(batch: Any, device: torch.device | str) -> Any:
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         twin: Any = copy.copy(batch)  # not dataclasses.replace: that would run __post_init__ again
         for item in dataclasses.fields(batch):
-            object.__setattr__(twin, item.name, recursive_to_device(getattr(batch, item.name), device))
+            if hasattr(batch, item.name):  # a field without a default may not have been set yet
+                object.__setattr__(twin, item.name, recursive_to_device(getattr(batch, item.name), device))
         return twin
     return batch
 
@@ -551,6 +558,10 @@ class Accelerator(ABC):
     def read(self, tensor: Tensor) -> Reading:
         """Starts to bring a one-dimensional tensor to the host, without waiting for it."""
         return _Here(tensor)
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """Returns a small tensor of the host's on the device, without waiting for what the device is doing."""
+        return tensor.to(self.device)
 
     def synchronize(self) -> None:  # noqa: B027 - a hook
         """Waits until the device has done everything it was asked to."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,10 +162,10 @@ class Orchestrator:
                 "be continued: resume_from=result.folder."
             )
         self._opened = open_run(self.config, self.model, resume_from)
-        with ExitStack() as closing:
-            closing.callback(self._opened.folder.release)
+        with ExitStack() as self._stack:
+            self._stack.callback(self._opened.folder.release)
             recorder = Recorder(self.folder / "run.db", self._opened.step)
-            closing.callback(recorder.close)
+            self._stack.callback(recorder.close)
             self._hooks = Hooks(self.callbacks, lambda message, trace: self.record("error", message, traceback=trace))
             self._reporter = Reporter(self.accelerator, self._hooks, recorder)
             self._keeper = SnapshotKeeper(
@@ -175,9 +175,9 @@ class Orchestrator:
                 recorder.flush,
                 self._notify,
             )
-            closing.callback(self._keeper.close)
-            closing.callback(self.accelerator.cleanup)
-            closing.enter_context(deterministic(self.config.deterministic))
+            self._stack.callback(self._keeper.close)
+            self._stack.callback(self.accelerator.cleanup)
+            self._stack.enter_context(deterministic(self.config.deterministic))
             with StopSignals(self._notify) as self._signals:
                 try:
                     self._prepare()
@@ -202,9 +202,10 @@ class Orchestrator:
         self.accelerator.setup_optimizer(self.optimizer)
         loaders = prepare_loaders(self.data, config, self.accelerator.world_size)
         self._train, self._val = loaders.train, loaders.val
+        self._stack.callback(loaders.close)
         for warning in loaders.warnings:
             self.record("warning", warning)
-        self._means = MetricMeans(self.accelerator.device)
+        self._means = MetricMeans(self.accelerator)
         self._parts = RunParts(self.model, self._schedules, self.accelerator, self._hooks, self._means, self._train)
         self._hooks.call("log_hyperparameters", config.resolved())
         restore_generators: Callable[[], None] = lambda: None  # noqa: E731
@@ -249,19 +250,20 @@ class Orchestrator:
     def _run_epoch(self) -> None:
         if self.state.cursor.windows == 0:
             self._hooks.call("on_epoch_start")
-        for window in self._windows():
-            self._step(window)
-            if (
-                self._pending
-                or self.global_step + (self._unsettled is not None) >= self._next_due
-                or time.monotonic() >= self._deadline
-            ):
-                self._boundary()
-                if self._done():
-                    return
+        with closing(self._windows()) as epoch:  # ends its workers, however this is left
+            for window in epoch:
+                self._step(window)
+                if (
+                    self._pending
+                    or self.global_step + (self._unsettled is not None) >= self._next_due
+                    or time.monotonic() >= self._deadline
+                ):
+                    self._boundary()
+                    if self._done():
+                        return
         self._end_epoch()
 
-    def _windows(self) -> Iterator[Window]:
+    def _windows(self) -> Generator[Window]:
         size = self.config.grad_accumulation_steps
         batches = self._train.iterate(self.state.cursor)
         if self._train.looks_ahead:

@@ -109,6 +109,9 @@ class GPUAccelerator(DeviceAccelerator):
     def read(self, tensor: Tensor) -> Reading:
         return _Arriving(tensor)
 
+    def send(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(self._device, non_blocking=True)  # pageable memory would be waited for
+
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)
 

@@ -96,6 +96,12 @@ class Loaders:
     val: BatchSource | None
     warnings: list[str] = field(default_factory=list)
 
+    def close(self) -> None:
+        """Ends the worker processes of both."""
+        for source in (self.train, self.val):
+            if source is not None:
+                source.close()
+
 
 def prepare_loaders(data: AetherDataModule, config: TrainingConfig, world_size: int) -> Loaders:
     """Sets a data module up and takes its loaders over.

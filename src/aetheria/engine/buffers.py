@@ -13,7 +13,8 @@ __all__ = ["BufferGuard"]
 class BufferGuard:
     """Remembers the buffers as they were before a window, and puts them back if the window is dropped.
 
-    Only buffers that do change are copied: a tensor's version counter tells.
+    Only buffers that do change are copied: a tensor's version counter tells. Normalisation layers are the exception:
+    torch updates their running statistics without counting, so these are always taken for changed.
 
     Args:
         model: whose buffers are guarded.
@@ -24,6 +25,13 @@ class BufferGuard:
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = list(model.buffers())
+        uncounted = {
+            id(buffer)
+            for module in model.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            for buffer in module.buffers(recurse=False)
+        }
+        self._uncounted = [id(buffer) in uncounted for buffer in self._buffers]
         self._versions = [buffer._version for buffer in self._buffers]
         self._before = [buffer.detach().clone() for buffer in self._buffers]
         self.any = bool(self._buffers)
@@ -36,7 +44,11 @@ class BufferGuard:
                 waits.
             nonfinite: a scalar tensor on the device, not zero where the window is dropped.
         """
-        changed = [index for index, buffer in enumerate(self._buffers) if buffer._version != self._versions[index]]
+        changed = [
+            index
+            for index, buffer in enumerate(self._buffers)
+            if self._uncounted[index] or buffer._version != self._versions[index]
+        ]
         if not changed:
             return
         now, before = [self._buffers[index] for index in changed], [self._before[index] for index in changed]

@@ -64,7 +64,7 @@ def evaluate(
         DataError: there is not a single batch.
         ModelError: the step returned something else than numbers by name.
     """
-    means = MetricMeans(accelerator.device)
+    means = MetricMeans(accelerator)
     device_generator = accelerator.generator_state()
     count = 0
     try:

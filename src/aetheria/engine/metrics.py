@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aetheria.core import Accelerator
 from aetheria.errors import ModelError
 
 __all__ = ["NOT_METRICS", "MetricMeans"]
@@ -23,12 +24,13 @@ class MetricMeans:
     Adding only appends. The arithmetic is done once for many steps, in float64 where the device has it.
 
     Args:
-        device: where the metrics are.
+        accelerator: knows the device that the metrics are on, and how to reach it.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._device = accelerator.device
+        self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
         self._rows: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
         self._since_reading = _Sums()
         self._since_epoch = _Sums()
@@ -74,7 +76,7 @@ class MetricMeans:
     def _column(self, values: tuple[Any, ...]) -> Tensor:
         if isinstance(values[0], Tensor):
             return torch.stack([value.reshape(()) for value in values]).to(self._device, self._dtype)
-        return torch.tensor([float(value) for value in values], dtype=self._dtype, device=self._device)
+        return self._accelerator.send(torch.tensor([float(value) for value in values], dtype=self._dtype))
 
     def since_reading(self) -> tuple[list[str], Tensor]:
         """Returns names and means (one-dimensional, on the device) since the last call, and begins anew."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -56,7 +56,7 @@ class Window:
         return np.concatenate(known).tolist() if known else None
 
 
-def windows(batches: Iterator[MicroBatch], size: int) -> Iterator[Window]:
+def windows(batches: Iterator[MicroBatch], size: int) -> Generator[Window]:
     """Groups micro-batches into windows; the last one of an epoch may be short, and nothing is carried over."""
     while group := list(islice(batches, size)):
         yield Window(group)
