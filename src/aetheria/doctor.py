@@ -45,10 +45,12 @@ _BACKENDS = {  # back-end: what to do without it
     "ucc": "Only a torch that was built from source against UCC has it. Hardly anybody needs it.",
 }
 _TRIAL_BYTES = 64 * 2**20
+_SHARED_MEMORY = Path("/dev/shm")
 _ENOUGH_SHARED_MEMORY = 2**30  # bytes; containers often have 2**26 only
 _ENOUGH_OPEN_FILES = 1024
 _ENOUGH_DISK = 5 * 2**30  # bytes
 _SLOW_DISK = 50e6  # bytes per second
+_SLOW_PRECISION = 1.5  # times as long as fp32: computed in software, or hardly better
 _CLOCK_TOLERANCE = 2.0  # seconds
 
 
@@ -105,25 +107,22 @@ def _versions() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     from aetheria.accelerator.survey import survey_devices  # noqa: PLC0415 - the rest works where torch does not
 
-    for device in survey_devices():
-        status: Literal["ok", "missing"] = "ok" if device.present else "missing"
-        yield Finding("devices", device.name, status, device.description, device.remedy)
+    devices = survey_devices()
+    for device in devices:
+        yield Finding("devices", device.name, "ok" if device.present else "missing", device.description, device.remedy)
+    for device in devices:
         full = next((trial.milliseconds for trial in device.precisions if trial.precision == "fp32"), None)
         for trial in device.precisions:
             name = f"{device.name} {trial.precision}"
             if trial.milliseconds is None:
-                remedy = f"Choose another precision on {device.name}."
-                yield Finding("precisions", name, "missing", trial.problem, remedy)
-                continue
-            speed = f"{full / trial.milliseconds:.2g} times the speed of fp32" if full else "works"
-            slow = full is not None and trial.milliseconds > 1.5 * full
-            yield Finding(
-                "precisions",
-                name,
-                "warning" if slow else "ok",
-                f"works, {speed}" + (": it is emulated" if slow else ""),
-                "Train in fp32 on this device." if slow else "",
-            )
+                yield Finding("precisions", name, "missing", trial.problem, f"Choose another one on {device.name}.")
+            elif full is None or trial.precision == "fp32":
+                yield Finding("precisions", name, "ok", "works")
+            else:
+                slow = trial.milliseconds > _SLOW_PRECISION * full
+                speed = f"works, at {full / trial.milliseconds:.2g} times the speed of fp32"
+                remedy = "Train in fp32 here: this precision saves memory, not time." if slow else ""
+                yield Finding("precisions", name, "warning" if slow else "ok", speed, remedy)
 
 
 def _back_ends() -> Iterator[Finding]:
@@ -186,9 +185,9 @@ def _plugins() -> Iterator[Finding]:
 # --- the system ------------------------------------------------------------------------------------------------------
 
 
-def _limits(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    if shared_memory.is_dir():  # Linux; elsewhere there is no such limit
-        total = shutil.disk_usage(shared_memory).total
+def _limits() -> Iterator[Finding]:
+    if _SHARED_MEMORY.is_dir():  # Linux; elsewhere there is no such limit
+        total = shutil.disk_usage(_SHARED_MEMORY).total
         enough = total >= _ENOUGH_SHARED_MEMORY
         yield Finding(
             "limits",

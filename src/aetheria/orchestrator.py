@@ -349,7 +349,9 @@ class Orchestrator:
             self._validate()
         if (path := self._keeper.finished()) is not None:
             self._hooks.call("on_snapshot", path)
-        if (reason := self._keeper.due(step)) and not self._done():
+        # After an epoch's last window the snapshot waits for the validation: then it knows what it is worth.
+        epoch_is_over = self.state.cursor.batches == self._train.batches_per_epoch
+        if not epoch_is_over and (reason := self._keeper.due(step)) and not self._done():
             self._save(reason)
         self._next_due = min(
             step - step % every + every

@@ -10,12 +10,14 @@ from typing import Annotated
 import typer
 
 from aetheria import __version__
-from aetheria.cli import config, doctor, init, plugins, runs, snapshot, train
+from aetheria.cli import config, doctor, export, init, plugins, predict, runs, snapshot, train
+from aetheria.cli._help import QuickHelp
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="aetheria",
+    cls=QuickHelp,
     help="Train PyTorch models: reproducible, crash-safe, and easy to look into.",
     epilog="First steps: aetheria init DIR, then in DIR: aetheria train config.yaml",
     no_args_is_help=True,
@@ -32,6 +34,8 @@ app.command("runs", rich_help_panel=LOOK)(runs.runs)
 app.command("show", rich_help_panel=LOOK)(runs.show)
 app.command("plot", rich_help_panel=LOOK)(runs.plot)
 app.add_typer(snapshot.app, name="snapshot", rich_help_panel=LOOK)
+app.command("predict", rich_help_panel=USE)(predict.predict)
+app.command("export", rich_help_panel=USE)(export.export)
 app.command("init", rich_help_panel=SET_UP)(init.init)
 app.add_typer(config.app, name="config", rich_help_panel=SET_UP)
 app.command("plugins", rich_help_panel=SET_UP)(plugins.plugins)

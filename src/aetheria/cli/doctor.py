@@ -43,4 +43,4 @@ def _print_as_they_come(findings: Iterable[Finding]) -> None:
         status = Text(f"  {finding.status:<9}", style=_STYLES[finding.status])
         console.print(status + Text(f"{finding.name:<16}{finding.found}"), soft_wrap=True)
         if finding.remedy:
-            console.print(Padding(Text(finding.remedy, style="italic"), (0, 0, 0, 27)))
+            console.print(Padding(Text(finding.remedy, style="italic"), (0, 0, 0, 27), expand=False))

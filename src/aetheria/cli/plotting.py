@@ -91,7 +91,7 @@ def _figure(runs: Sequence[RunCurves], smooth: float | None) -> Figure:
     from matplotlib.figure import Figure
 
     titles = families(name for run in runs for name in run.curves)
-    columns = min(len(titles), 2 if len(titles) <= 4 else 3)
+    columns = 2 if len(titles) == 4 else min(len(titles), 3)
     rows = math.ceil(len(titles) / columns)
     figure = Figure(figsize=(max(4.8 * columns, 6.4), 2.9 * rows + 0.8), layout="constrained")
     panels: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flatten())
@@ -139,7 +139,7 @@ def _draw_curve(panel: Axes, name: str, curve: Curve, color: str, *, several: bo
     line = _line(name, curve, smooth)
     if not np.array_equal(line, values, equal_nan=True):
         panel.plot(curve.steps, values, color=color, linewidth=0.7, alpha=0.12 if several else 0.28)
-    sparse = np.isfinite(values).sum() <= 60
+    sparse = np.count_nonzero(np.isfinite(values)) <= 30
     panel.plot(
         curve.steps,
         line,

@@ -41,6 +41,7 @@ class SnapshotKeeper:
             self.rules.append(KeepBest(config.keep_best.metric, config.keep_best.mode, config.keep_best.k))
         self.reason = ""
         self.last_step = -1
+        self._again = False
         self.stalled_seconds = 0.0
         self._notify = notify
         self._last_time = time.monotonic()
@@ -53,19 +54,28 @@ class SnapshotKeeper:
         seconds = self.config.every_seconds
         return float("inf") if seconds is None else self._last_time + seconds
 
-    def request(self, reason: str) -> None:
-        """Asks for a snapshot at the next boundary."""
+    def request(self, reason: str, again: bool = False) -> None:
+        """Asks for a snapshot at the next boundary.
+
+        Args:
+            reason: why.
+            again: even if one was taken at that very step, because more is known about it now.
+        """
         self.reason = self.reason or reason
+        self._again = self._again or again
 
     def due(self, step: int) -> str:
         """Returns why a snapshot is due at this boundary, or an empty string."""
-        if step == self.last_step:
+        if step == self.last_step and not self._again:
+            self.reason = ""
             return ""
+        if self.reason:
+            return self.reason
         if self.config.every_steps is not None and step and step % self.config.every_steps == 0:
-            return self.reason or f"every {self.config.every_steps} steps"
+            return f"every {self.config.every_steps} steps"
         if time.monotonic() >= self.deadline():
-            return self.reason or f"every {self.config.every_seconds:g} seconds"
-        return self.reason
+            return f"every {self.config.every_seconds:g} seconds"
+        return ""
 
     def end_epoch(self, epochs_done: int) -> None:
         """Asks for a snapshot if one is due after this many epochs."""
@@ -78,7 +88,7 @@ class SnapshotKeeper:
         for rule in self.rules:
             value = metrics.get(rule.metric)
             if value is not None and rule.admits(value, self._manifests()):
-                self.request(f"best {rule.metric}")
+                self.request(f"best {rule.metric}", again=True)
 
     def check_rules(self, metrics: Mapping[str, float], validation: bool) -> None:
         """Raises if a metric that the best are kept by is not among those that there are.
@@ -103,7 +113,7 @@ class SnapshotKeeper:
         begun = time.monotonic()
         self._writer.save(content)
         self.last_step = content.manifest.step
-        self.reason = ""
+        self.reason, self._again = "", False
         self._last_time = time.monotonic()
         self.stalled_seconds += self._last_time - begun
 

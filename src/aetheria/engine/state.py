@@ -162,8 +162,8 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor], extra: Mappin
         problems.append(f"it lacks {_some(missing)}")
     if unexpected := [name for name in tensors if name not in own]:
         problems.append(f"it has {_some(unexpected)}, which the model does not")
-    for name in own.keys() & tensors.keys():
-        theirs, ours = tensors[name], own[name]
+    for name, ours in own.items():
+        theirs = tensors.get(name, ours)
         if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
             problems.append(
                 f"{name} is {list(theirs.shape)} {theirs.dtype} there and {list(ours.shape)} {ours.dtype} here"
@@ -171,7 +171,7 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor], extra: Mappin
     if problems:
         raise SnapshotMismatchError(
             f"the snapshot is of another model: {'; '.join(problems[:4])}. "
-            "Resume with the model and the parameters it was trained with."
+            "Use the model, and the parameters, that it was trained with."
         )
     saved = {**tensors, **{name: extra[name] for name in own_extra if name in extra}}
     model.load_state_dict({name: saved[clean_name(name)] for name in model.state_dict() if clean_name(name) in saved})

@@ -50,7 +50,7 @@ class StoredWeights:
     Attributes:
         path: the snapshot's folder, or the .safetensors file.
         model: as in `Manifest.model`; empty where a file does not say.
-        digest: what the weights' digest must be; empty where a file does not say.
+        digest: what the weights' digest must still be; empty where the bytes have been checked, or cannot be.
         snapshot: the snapshot, if it is one.
         run: the run folder around it, if there is one.
     """
@@ -83,7 +83,9 @@ def open_weights(source: str | Path | RunFolder | Snapshot, best: KeepBest | Non
         run = RunFolder.open(path)
         return _of_snapshot(_newest(run) if best is None else _best(run, best))
     if best is not None:
-        raise ConfigError(f"the best by {best.metric} was asked for of {path}, which is not a run folder. Name the run.")
+        raise ConfigError(
+            f"the best by {best.metric} was asked for of {path}, which is not a run folder. Name the run."
+        )
     if path.suffix == ".safetensors" and path.is_file():
         return _of_file(path)
     if not path.is_dir():
@@ -135,19 +137,18 @@ def _best(run: RunFolder, rule: KeepBest) -> Snapshot:
 
 def _of_snapshot(snapshot: Snapshot) -> StoredWeights:
     around = snapshot.path.absolute().parent.parent
-    run = RunFolder.open(around) if (around / "run.json").is_file() else None
-    manifest = snapshot.manifest
-    return StoredWeights(snapshot.path, manifest.model, manifest.digest, snapshot, run)
+    run = RunFolder(around) if (around / "run.json").is_file() else None
+    return StoredWeights(snapshot.path, snapshot.manifest.model, snapshot=snapshot, run=run)
 
 
 def _of_file(path: Path) -> StoredWeights:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        about = json.loads(metadata.get(METADATA, "{}"))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        about: dict[str, Any] = json.loads(metadata.get(METADATA, '{"model": {}, "digest": ""}'))
+        return StoredWeights(path, dict(about["model"]), str(about["digest"]))
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise SnapshotDamagedError(f"{path} does not read as a .safetensors file: {error}") from error
-    return StoredWeights(path, about.get("model", {}), about.get("digest", ""))
 
 
 # --- building --------------------------------------------------------------------------------------------------------
@@ -192,7 +193,9 @@ def build_model(
     with isolated_generators(0):  # the weights it begins with are about to be replaced
         built = target(**arguments)
     if not isinstance(built, AetherModel):
-        raise ModelError(f"{name!r} is a {type(built).__name__}, expected an AetherModel. Let its class inherit from it.")
+        raise ModelError(
+            f"{name!r} is a {type(built).__name__}, expected an AetherModel. Let its class inherit from it."
+        )
     return built
 
 
@@ -211,11 +214,10 @@ def _unnamed(stored: StoredWeights) -> str:
 def _registered(name: str, stored: StoredWeights, plugins: Path | None) -> Any:
     if plugins is not None and not plugins.is_dir():
         raise PluginError(f"there is no folder {plugins.absolute()} to import plugins from. Correct the path.")
+    folders = _plugin_folders(stored)
     Registry.load_plugins(plugins)
     looked_in = [] if plugins is None else [plugins.absolute()]
-    for folder in _plugin_folders(stored):
-        if name in Registry.names("model"):
-            break
+    while name not in Registry.names("model") and (folder := next(folders, None)) is not None:
         Registry.load_plugins(folder)
         looked_in.append(folder)
     try:
@@ -235,9 +237,9 @@ def _plugin_folders(stored: StoredWeights) -> Iterator[Path]:
     in it, and not by a path such as /proc/self/cwd, which means a different folder for everybody who opens it.
     """
     brought_along = (stored.run.path if stored.run else stored.path).resolve()
-    source = Path((stored.run.read().get("config_source") if stored.run else None) or "")
+    source = Path(str(stored.run.read().get("config_source")) if stored.run else "")
     folders = [Path.cwd() / "plugins"]
-    if source.is_absolute() and source.parts[1] not in ("proc", "dev"):
+    if source.is_absolute() and source.parts[1:2] not in (("proc",), ("dev",)):
         folders.insert(0, source.parent / "plugins")
     for folder in folders:
         if folder.is_dir() and not folder.resolve().is_relative_to(brought_along):
@@ -279,7 +281,7 @@ def load_weights(model: AetherModel, stored: StoredWeights) -> None:
                 tensors[absent] = tensors[present]
     if lacking := [name for name in own_extra if name not in extra]:
         raise SnapshotMismatchError(
-            f"{stored.path} lacks the extra state {', '.join(lacking)} of the model. Load the snapshot that it came from."
+            f"{stored.path} lacks the extra state {', '.join(lacking)} of the model. Load the snapshot itself."
         )
     if stored.digest and weights_digest(tensors) != stored.digest:
         raise SnapshotDamagedError(f"{stored.path} is damaged: the weights do not match their digest.")
@@ -296,4 +298,6 @@ def _read(stored: StoredWeights, wants_extra: bool) -> tuple[dict[str, Tensor], 
         # state.pt holds the optimiser too, and is read only where something in it is needed.
         return stored.snapshot.weights(), stored.snapshot.state()["model_extra"] if wants_extra else {}
     except (OSError, safetensors.SafetensorError) as error:  # retention may have removed it since it was checked
-        raise SnapshotDamagedError(f"{stored.path} could be found, but no longer be read: {error}. Try again.") from error
+        raise SnapshotDamagedError(
+            f"{stored.path} could be found, but no longer be read: {error}. Try again."
+        ) from error

@@ -54,7 +54,7 @@ def named_leaves(value: Any, name: str, is_leaf: Callable[[Any], bool] = lambda 
 
     def found(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            value = value._asdict()
+            value = dict(zip(value._fields, value, strict=True))
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         if is_leaf(value) or not isinstance(value, Mapping | list | tuple):
@@ -140,7 +140,7 @@ def sample_at(predictions: Any, index: int, size: int) -> Any:
     """Returns one sample's part of a batch of predictions, in the same nesting, without the batch dimension.
 
     Args:
-        predictions: of a batch; see `AetherModel.predict_step` for what a list means.
+        predictions: of a batch; a list in them holds one item for each sample.
         index: of the sample.
         size: of the batch.
 
@@ -176,7 +176,7 @@ def describe(batch: Any) -> str:
     """Returns types and shapes in a batch, for messages: "float32 [32, 10]", or by name where there are several."""
 
     def described(leaf: Any) -> str:
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor | np.ndarray):
             return f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}"
         return type(leaf).__name__
 

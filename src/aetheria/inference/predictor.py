@@ -87,16 +87,19 @@ class Predictor:
         checkpoint_path: str | Path | None = None,
         plugins: str | Path | None = None,
     ) -> None:
-        if (source is None) == (checkpoint_path is None):
-            raise ConfigError("found neither or both of source and checkpoint_path, expected one: where the weights are.")
+        origin = checkpoint_path if source is None else source
+        if origin is None or (source is not None and checkpoint_path is not None):
+            raise ConfigError(
+                "found neither or both of source and checkpoint_path, expected one: where the weights are."
+            )
         if model is not None and model_name is not None:
             raise ConfigError("found both model and model_name, expected one of them. Leave one out.")
-        stored = open_weights(source or checkpoint_path or "", _rule(best, mode))
+        stored = open_weights(origin, _rule(best, mode))
         self.device = torch.device(best_device() if device == "auto" else _device(device))
         self.model = build_model(stored, model, model_name, model_params, None if plugins is None else Path(plugins))
         self.path = stored.path
         self.snapshot = stored.snapshot
-        _refuse_dumb(self.model)
+        _check_can_predict(self.model)
         load_weights(self.model, stored)
         try:
             self.model.to(self.device)
@@ -108,7 +111,8 @@ class Predictor:
         self.model.eval()
         self._lock = threading.Lock()
         self._floating = next(
-            (tensor.dtype for tensor in self.model.parameters() if tensor.is_floating_point()), torch.get_default_dtype()
+            (tensor.dtype for tensor in self.model.parameters() if tensor.is_floating_point()),
+            torch.get_default_dtype(),
         )
 
     def __repr__(self) -> str:
@@ -186,8 +190,7 @@ class Predictor:
         elif isinstance(source, np.ndarray | Tensor | Mapping):
             length = _common_length(source)
             for start in range(0, length, batch_size):
-                rows = slice(start, start + batch_size)
-                yield map_leaves(source, lambda leaf, rows=rows: leaf[rows]), min(batch_size, length - start)
+                yield _rows(source, start, start + batch_size), min(batch_size, length - start)
         else:
             samples = _samples(source)
             while chunk := list(itertools.islice(samples, batch_size)):
@@ -206,12 +209,18 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"found the device {device!r}, expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps': {error}") from None
+        raise ConfigError(
+            f"found the device {device!r}, expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps': {error}"
+        ) from None
 
 
-def _refuse_dumb(model: AetherModel) -> None:
+def _check_can_predict(model: AetherModel) -> None:
     kind = type(model)
-    if kind.predict_step is AetherModel.predict_step and kind.forward is nn.Module.forward and "forward" not in vars(model):
+    if (
+        kind.predict_step is AetherModel.predict_step
+        and kind.forward is nn.Module.forward
+        and "forward" not in vars(model)
+    ):
         raise ModelError(
             f"{kind.__name__} has neither `predict_step` nor `forward`, so it can be trained but not asked. "
             "Add one of them; the weights fit as long as the layers keep their names."
@@ -235,11 +244,17 @@ def _common_length(source: Any) -> int:
     lengths = set()
     for leaf in source.values() if isinstance(source, Mapping) else [source]:
         if not isinstance(leaf, np.ndarray | Tensor) or leaf.ndim == 0:
-            raise DataError(f"found {describe(source)}, expected arrays or tensors whose first dimension is the samples.")
+            raise DataError(
+                f"found {describe(source)}, expected arrays or tensors whose first dimension is the samples."
+            )
         lengths.add(int(leaf.shape[0]))
     if len(lengths) != 1:
         raise DataError(f"found arrays of {sorted(lengths)} rows, expected one row for each sample in all of them.")
     return lengths.pop()
+
+
+def _rows(source: Any, start: int, stop: int) -> Any:
+    return map_leaves(source, lambda leaf: leaf[start:stop])
 
 
 def _number_of_batches(source: Any, batch_size: int) -> float | None:
