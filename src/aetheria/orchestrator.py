@@ -207,7 +207,8 @@ class Orchestrator:
             self.record("warning", warning)
         self._means = MetricMeans(self.accelerator)
         self._parts = RunParts(self.model, self._schedules, self.accelerator, self._hooks, self._means, self._train)
-        self._hooks.call("log_hyperparameters", config.resolved())
+        if self.accelerator.is_main_process:
+            self._hooks.call("log_hyperparameters", config.resolved())
         restore_generators: Callable[[], None] = lambda: None  # noqa: E731
         if opened.snapshot is not None:
             loop, restore_generators, warnings = self._parts.restore(opened.snapshot)
@@ -259,9 +260,12 @@ class Orchestrator:
                     or time.monotonic() >= self._deadline
                 ):
                     self._boundary()
-                    if self._done():
+                    if self._done() and not self._epoch_is_over():
                         return
         self._end_epoch()
+
+    def _epoch_is_over(self) -> bool:
+        return self.state.cursor.batches == self._train.batches_per_epoch
 
     def _windows(self) -> Generator[Window]:
         size = self.config.grad_accumulation_steps
@@ -350,8 +354,7 @@ class Orchestrator:
         if (path := self._keeper.finished()) is not None:
             self._hooks.call("on_snapshot", path)
         # After an epoch's last window the snapshot waits for the validation: then it knows what it is worth.
-        epoch_is_over = self.state.cursor.batches == self._train.batches_per_epoch
-        if not epoch_is_over and (reason := self._keeper.due(step)) and not self._done():
+        if not self._epoch_is_over() and (reason := self._keeper.due(step)) and not self._done():
             self._save(reason)
         self._next_due = min(
             step - step % every + every

@@ -139,6 +139,18 @@ class RunFolder:
             )
         return content
 
+    def config_source(self) -> Path | None:
+        """Returns the file that configured the run, beside which `plugins/` lies; None where nobody vouches for it.
+
+        A run folder may come from somebody else. It may point at code, but not bring it along: not by holding it, and
+        not by a path such as /proc/self/cwd, which means a different folder for everybody who opens it.
+        """
+        source = Path(str(self.read().get("config_source") or ""))
+        if not source.is_absolute() or source.parts[1:2] == ("proc",) or source.parts[1:3] == ("dev", "fd"):
+            return None
+        places = (source.resolve(), (source.parent / "plugins").resolve())
+        return None if any(place.is_relative_to(self.path.resolve()) for place in places) else source
+
     def update(self, **fields: Any) -> None:
         """Replaces keys of `run.json`; the others stay."""
         self._write(self.read() | fields)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import itertools
 import math
@@ -16,7 +18,8 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Dataset, StackDataset, Subset, TensorDataset, get_worker_info
 
 from aetheria.data.order import KeyedOrder, mix
-from aetheria.data.randomness import GeneratorStates, GeneratorStream, seed_generators
+from aetheria.data.randomness import GeneratorStream, kept_generators, seed_generators
+from aetheria.errors import DataError
 
 __all__ = ["KeyedBatchSampler", "KeyedDataset", "ReplayedSampler", "WorkerStart", "draws_nothing"]
 
@@ -25,41 +28,57 @@ SAMPLER_STREAM = 1  # part of a sampler's key, so that it shares no stream with 
 
 
 class KeyedDataset(Dataset[Any]):
-    """A dataset whose samples draw from generators seeded by (seed, epoch, sample id).
+    """A dataset and its collate function, both drawing from generators that are seeded by what is read.
 
     So an augmentation that uses the global generators gives the same sample whichever worker reads it, in whichever
-    batch, before or after an interruption. The training process's own generators are not moved.
+    batch, before or after an interruption; and a collate function that draws (to mask tokens, to mix images) gives the
+    same batch. The training process's own generators are not moved.
+
+    Without seeding the dataset is read as it is: the order stays exact, but what it draws comes from the training
+    process, or from a worker seeded by (seed, epoch). A run that is left alone can then be repeated, one that is
+    resumed in the middle of an epoch draws differently.
 
     Args:
         dataset: the user's map-style dataset.
+        collate: what makes a batch of a list of samples, or converts a single item.
         seed: of the run.
-        seeded: False reads the dataset as it is, without seeding.
+        seed_samples: whether to seed by (seed, epoch, sample id) before each sample is read.
+        seed_collate: whether to seed by (seed, epoch, first id, last id) before a batch is collated.
     """
 
-    def __init__(self, dataset: Any, seed: int, seeded: bool) -> None:
+    def __init__(
+        self, dataset: Any, collate: Callable[[Any], Any], seed: int, seed_samples: bool, seed_collate: bool
+    ) -> None:
         self.dataset = dataset
+        self.collate = collate
         self.seed = seed
-        self.seeded = seeded
+        self.seed_samples = seed_samples
+        self.seed_collate = seed_collate
 
-    def __getitem__(self, key: Key) -> Any:
-        return self.__getitems__([key])[0]
+    def __getitem__(self, keys: list[Key] | Key) -> Any:
+        """Returns the batch of some keys; for a single key, the item, which is a batch already."""
+        moves = self.seed_samples or self.seed_collate
+        with kept_generators() if moves and get_worker_info() is None else contextlib.nullcontext():
+            data = self._samples(keys) if isinstance(keys, list) else self.dataset[self._seeded_for(keys)]
+            if self.seed_collate:
+                (epoch, first), (_, last) = (keys[0], keys[-1]) if isinstance(keys, list) else (keys, keys)
+                seed_generators(mix(self.seed, epoch, _as_integer(first), _as_integer(last)))
+            return self.collate(data)
 
-    def __getitems__(self, keys: list[Key]) -> list[Any]:
-        if not self.seeded:
-            ids = [identity for _, identity in keys]
-            if callable(batched := getattr(self.dataset, "__getitems__", None)):
-                return batched(ids)  # type: ignore[no-any-return]
-            return [self.dataset[identity] for identity in ids]
-        before = GeneratorStates.capture() if get_worker_info() is None else None
-        try:
-            return [self._read(epoch, identity) for epoch, identity in keys]
-        finally:
-            if before is not None:
-                before.restore()
+    def _samples(self, keys: list[Key]) -> Any:
+        several = getattr(self.dataset, "__getitems__", None)  # where there is one, a DataLoader asks that
+        if not callable(several):
+            return [self.dataset[self._seeded_for(key)] for key in keys]
+        if not self.seed_samples:
+            return several([identity for _, identity in keys])
+        return [several([self._seeded_for(key)])[0] for key in keys]
 
-    def _read(self, epoch: int, identity: Any) -> Any:
-        seed_generators(mix(self.seed, epoch, _as_integer(identity)))
-        return self.dataset[identity]
+    def _seeded_for(self, key: Key) -> Any:
+        """Seeds the generators for a sample, if they are to be, and returns its id."""
+        epoch, identity = key
+        if self.seed_samples:
+            seed_generators(mix(self.seed, epoch, _as_integer(identity)))
+        return identity
 
 
 def _as_integer(identity: Any) -> int:
@@ -86,8 +105,8 @@ def draws_nothing(dataset: Any) -> bool:
 class KeyedBatchSampler:
     """Yields the keys of one batch after the other, from any position of any epoch.
 
-    It is a DataLoader's `batch_sampler`, or its `sampler` when each item of the dataset is a batch already. `epoch`
-    and `start` are read whenever an iteration begins, so that a loader with persistent workers can be reused.
+    It is the `sampler` of a DataLoader over a `KeyedDataset`. `epoch` and `start` are read whenever an iteration
+    begins, so that a loader with persistent workers can be reused.
 
     Args:
         order: the order to follow.
@@ -136,16 +155,28 @@ class ReplayedSampler:
         seed: of the run.
         limit: batches in an epoch at most; None leaves that to the sampler.
         batched: whether `batches` yields lists.
+        shared: what a copy of the sampler must not copy: the dataset. With it every iteration is made by a fresh copy
+            of the sampler, so that all of them are alike: for evaluation, which begins at the beginning every time.
+
+    Raises:
+        DataError: a sampler that is to be copied cannot be.
     """
 
     def __init__(
-        self, batches: Iterable[Any], told: Sequence[Any], seed: int, limit: int | None, batched: bool = True
+        self,
+        batches: Iterable[Any],
+        told: Sequence[Any],
+        seed: int,
+        limit: int | None,
+        batched: bool = True,
+        shared: Any = None,
     ) -> None:
         self.batches = batches
         self.told = told
         self.seed = seed
         self.limit = limit
         self.batched = batched
+        self.shared = shared
         self.epoch = 0
         self.start = 0
         self.issued: deque[NDArray[Any]] = deque()
@@ -160,18 +191,23 @@ class ReplayedSampler:
         return self._keys(self.epoch, self.start, self.issued)
 
     def _keys(self, epoch: int, start: int, issued: deque[NDArray[Any]]) -> Iterator[Any]:
-        for indices in itertools.islice(self._draw(epoch), start, None):
-            issued.append(np.asarray(indices if self.batched else [indices]))
-            yield [(epoch, index) for index in indices] if self.batched else (epoch, indices)
+        for drawn in itertools.islice(self._draw(epoch), start, None):
+            indices = list(drawn) if self.batched else [drawn]
+            issued.append(_as_ids(indices))
+            keys = [(epoch, index) for index in indices]
+            yield keys if self.batched else keys[0]
         self._finished_epochs = max(self._finished_epochs, epoch + 1)
 
     def _draw(self, epoch: int) -> Iterator[Any]:
         stream = GeneratorStream(mix(self.seed, SAMPLER_STREAM, epoch))
-        for part in self.told:
+        batches, told = self.batches, self.told
+        if self.shared is not None:
+            batches, told = self._copied()
+        for part in told:
             if callable(set_epoch := getattr(part, "set_epoch", None)):
                 set_epoch(epoch)
         with stream.borrowed():
-            indices = itertools.islice(self.batches, self.limit)
+            indices = itertools.islice(batches, self.limit)
         while True:
             with stream.borrowed():  # many at a time: lending the generators costs more than drawing does
                 drawn = list(itertools.islice(indices, 256))
@@ -179,9 +215,26 @@ class ReplayedSampler:
                 return
             yield from drawn
 
+    def _copied(self) -> tuple[Iterable[Any], Sequence[Any]]:
+        try:
+            return copy.deepcopy((self.batches, self.told), {id(self.shared): self.shared})
+        except TypeError as error:
+            raise DataError(
+                f"the {type(self.told[-1]).__name__} of an evaluation loader cannot be copied ({error}), so it would "
+                "give other batches the second time. Give it a __deepcopy__, or use one without such an attribute."
+            ) from error
+
     def __len__(self) -> int:
         length = len(self.batches)  # type: ignore[arg-type]
         return length if self.limit is None else min(length, self.limit)
+
+
+def _as_ids(indices: list[Any]) -> NDArray[Any]:
+    """Returns the ids of a batch, of shape [batch]: int64 where they are integers, else the objects that they are."""
+    try:
+        return np.asarray([operator.index(index) for index in indices], dtype=np.int64)
+    except TypeError:
+        return np.fromiter(indices, dtype=object, count=len(indices))
 
 
 class WorkerStart:
@@ -189,6 +242,8 @@ class WorkerStart:
 
     Both reach the whole process group. A worker that died of them would tear down the step that the training process
     wants to finish before it saves. A second SIGTERM, which is how a stuck worker is ended, works as ever.
+
+    `get_worker_info().dataset` is made to be what the user expects there: the user's own dataset.
     """
 
     def __init__(self, users_function: Callable[[int], None] | None) -> None:
@@ -197,5 +252,8 @@ class WorkerStart:
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        info = get_worker_info()
+        if info is not None and isinstance(info.dataset, KeyedDataset):
+            object.__setattr__(info, "dataset", info.dataset.dataset)
         if self.users_function is not None:
             self.users_function(worker)

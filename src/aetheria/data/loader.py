@@ -6,11 +6,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+    default_convert,
+)
 
+from aetheria.data.iterables import IterableSource, StatefulSource, WatchedIterable
 from aetheria.data.keyed import KeyedBatchSampler, KeyedDataset, ReplayedSampler, WorkerStart, draws_nothing
 from aetheria.data.order import KeyedOrder, mix
-from aetheria.data.sources import BatchSource, DatasetSource, IterableSource, SequenceSource
+from aetheria.data.sources import BatchSource, DatasetSource, SequenceSource, length_of
 from aetheria.errors import DataError
 
 __all__ = ["prepare_loader"]
@@ -44,27 +53,40 @@ def prepare_loader(
         expected_batch_size: what the configuration says, to be compared with the loader.
 
     Raises:
-        DataError: the loader is empty, smaller than a batch, of another batch size, or not iterable.
+        DataError: the loader is empty, smaller than a window, of another batch size, or not iterable.
     """
     name = f"{role}_dataloader"
     if not isinstance(loader, DataLoader):
-        return _not_a_dataloader(loader, name, seed, limit)
+        return _not_a_dataloader(loader, name, seed, seed_samples, limit)
+    batches = loader.batch_sampler
+    size = batches.batch_size if type(batches) is BatchSampler else None
+    if role == "train" and None not in (size, expected_batch_size) and size != expected_batch_size:
+        raise DataError(
+            f"{name} has batch_size {size}, the configuration says {expected_batch_size}. Pass the data module's "
+            "batch_size on to the DataLoader, or leave batch_size out of the configuration."
+        )
     if isinstance(loader.dataset, IterableDataset) or _iterates_its_own_way(loader):
-        return _iterable(loader, seed, limit)
+        return _iterable(loader, seed, seed_samples, limit)
 
-    if not (length := len(loader.dataset)):  # type: ignore[arg-type]
-        raise DataError(f"{name} is empty: its dataset has no samples. Check the path and the split.")
-    batched = loader.batch_sampler is not None
-    dataset = KeyedDataset(loader.dataset, mix(seed, SAMPLE_STREAM), seed_samples and not draws_nothing(loader.dataset))
+    dataset = KeyedDataset(
+        loader.dataset,
+        loader.collate_fn,
+        mix(seed, SAMPLE_STREAM),
+        seed_samples=seed_samples and not draws_nothing(loader.dataset),
+        seed_collate=seed_samples and loader.collate_fn not in (default_collate, default_convert),
+    )
+    batched = batches is not None
     if (shuffle := _standard_order(loader)) is None:
-        chosen: Any = loader.batch_sampler if batched else loader.sampler
-        replayed = ReplayedSampler(chosen, _samplers(loader), seed, limit, batched)
+        shared = None if role == "train" else loader.dataset
+        chosen: Iterable[Any] = loader.sampler if batches is None else batches
+        replayed = ReplayedSampler(chosen, _samplers(loader), seed, limit, batched, shared)
         return DatasetSource(_rebuilt(loader, dataset, replayed), replayed, seed, batched)
 
-    size = loader.batch_size if batched else None
+    length = _checked_length(loader.dataset, name)
     if role == "train":
-        _check_size(name, length, size, window_batches, expected_batch_size)
-    stop = length - length % ((size or 1) * window_batches) if loader.drop_last else length
+        _check_window(name, length, size, window_batches)
+    drop_last = type(batches) is BatchSampler and batches.drop_last
+    stop = length - length % ((size or 1) * window_batches) if drop_last else length
     if limit is not None:
         stop = min(stop, limit * (size or 1))
     # Validation keeps one order for ever: an order by epoch would compare different samples under a limit.
@@ -72,12 +94,19 @@ def prepare_loader(
     return DatasetSource(_rebuilt(loader, dataset, sampler), sampler, seed, batched)
 
 
-def _check_size(name: str, length: int, size: int | None, window_batches: int, expected: int | None) -> None:
-    if size is not None and expected is not None and size != expected:
+def _checked_length(dataset: Any, name: str) -> int:
+    length = length_of(dataset)
+    if length is None:
         raise DataError(
-            f"{name} has batch_size {size}, the configuration says {expected}. Pass the data module's batch_size on "
-            "to the DataLoader, or leave batch_size out of the configuration."
+            f"the dataset of {name}, a {type(dataset).__name__}, has no __len__. Give it one, or the DataLoader a "
+            "sampler; or derive it from IterableDataset, if it is to be iterated."
         )
+    if not length:
+        raise DataError(f"{name} is empty: its dataset has no samples. Check the path and the split.")
+    return length
+
+
+def _check_window(name: str, length: int, size: int | None, window_batches: int) -> None:
     window = (size or 1) * window_batches
     if window > length:
         unit = "samples" if size else "batches"
@@ -87,28 +116,44 @@ def _check_size(name: str, length: int, size: int | None, window_batches: int, e
         raise DataError(f"{parts} is larger than the data: {name} has {length} {unit}. Lower it, or add data.")
 
 
-def _not_a_dataloader(loader: Any, name: str, seed: int, limit: int | None) -> BatchSource:
+def _not_a_dataloader(loader: Any, name: str, seed: int, seed_samples: bool, limit: int | None) -> BatchSource:
     if isinstance(loader, Sequence) and not isinstance(loader, str | bytes):
         if not len(loader):
             raise DataError(f"{name} is empty: it is a {type(loader).__name__} without a batch.")
-        return SequenceSource(loader, limit)
+        return SequenceSource(loader, seed, seed_samples and type(loader) not in (list, tuple), limit)
     if not hasattr(loader, "__iter__"):
         raise DataError(
             f"{name} returned a {type(loader).__name__}; expected a DataLoader, a list of batches or an iterable."
         )
-    return IterableSource(loader, seed, limit, loader if _is_stateful(loader) else None)
+    if _is_stateful(loader):
+        return StatefulSource(loader, loader, seed, limit, seed_samples)
+    return IterableSource(loader, seed, limit, seed_samples)
 
 
-def _iterable(loader: DataLoader[Any], seed: int, limit: int | None) -> BatchSource:
+def _iterable(loader: DataLoader[Any], seed: int, seed_samples: bool, limit: int | None) -> BatchSource:
     if _is_stateful(loader):  # torchdata's StatefulDataLoader, for one
-        return IterableSource(loader, seed, limit, loader)
+        source = StatefulSource(loader, loader, seed, limit, seed_samples)
+        if loader.num_workers:
+            source.warning = (
+                f"the workers of {type(loader).__name__} keep their random generators to themselves: resuming finds "
+                "the place again, but an augmentation draws anew. A DataLoader around a map-style dataset is exact."
+            )
+        return source
     if _iterates_its_own_way(loader):
-        return IterableSource(loader, seed, limit)
-    stateful = loader.dataset if loader.num_workers == 0 and _is_stateful(loader.dataset) else None
+        return IterableSource(loader, seed, limit, seed_samples)
+    reads_here = loader.num_workers == 0
+    stateful = WatchedIterable(loader.dataset) if reads_here and _is_stateful(loader.dataset) else None
     rebuilt: DataLoader[Any] = DataLoader(
-        loader.dataset, batch_size=loader.batch_size, drop_last=loader.drop_last, **_options(loader)
+        loader.dataset if stateful is None else stateful,
+        batch_size=loader.batch_size,
+        drop_last=loader.drop_last,
+        collate_fn=loader.collate_fn,
+        # A worker that outlives an epoch would carry its generators into the next, and never hear of `set_epoch`.
+        **_options(loader) | {"persistent_workers": False},
     )
-    return IterableSource(rebuilt, seed, limit, stateful, reads_here=loader.num_workers == 0)
+    if stateful is not None:
+        return StatefulSource(rebuilt, stateful, seed, limit, seed_samples)
+    return IterableSource(rebuilt, seed, limit, reads_here and seed_samples)
 
 
 def _is_stateful(part: Any) -> bool:
@@ -122,13 +167,16 @@ def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:
 
 def _standard_order(loader: DataLoader[Any]) -> bool | None:
     """Returns True for a plain random sampler, False for a sequential one, None for anything of the user's own."""
-    if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
-        return None
-    if type(loader.sampler) is SequentialSampler:
+    batches, sampler = loader.batch_sampler, loader.sampler
+    if batches is not None:
+        if type(batches) is not BatchSampler:
+            return None
+        sampler = batches.sampler  # not the loader's, which knows nothing of a BatchSampler that was handed in
+    if type(sampler) is SequentialSampler and length_of(sampler.data_source) == length_of(loader.dataset):
         return False
-    sampler = loader.sampler
-    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset):  # type: ignore[arg-type]
-        return True
+    if type(sampler) is RandomSampler and not sampler.replacement:
+        whole = sampler.num_samples == length_of(sampler.data_source) == length_of(loader.dataset)
+        return True if whole else None
     return None
 
 
@@ -144,7 +192,6 @@ def _options(loader: DataLoader[Any]) -> dict[str, Any]:
     workers = loader.num_workers > 0
     return {
         "num_workers": loader.num_workers,
-        "collate_fn": loader.collate_fn,
         "pin_memory": loader.pin_memory and torch.accelerator.is_available(),
         "timeout": loader.timeout,
         "worker_init_fn": WorkerStart(loader.worker_init_fn) if workers else None,
@@ -155,5 +202,11 @@ def _options(loader: DataLoader[Any]) -> dict[str, Any]:
 
 
 def _rebuilt(loader: DataLoader[Any], dataset: KeyedDataset, sampler: Any) -> DataLoader[Any]:
-    place = {"batch_size": None, "sampler": sampler} if loader.batch_sampler is None else {"batch_sampler": sampler}
-    return DataLoader(dataset, generator=torch.Generator(), **place, **_options(loader))
+    """Returns a loader to which a whole batch is one item: the dataset collates it."""
+    return DataLoader(
+        dataset, batch_size=None, sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator(), **_options(loader)
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["GeneratorStates", "isolated_generators", "seed_generators"]
+__all__ = ["GeneratorStates", "GeneratorStream", "isolated_generators", "kept_generators", "seed_generators"]
 
 
 def seed_generators(key: int) -> None:
@@ -64,14 +64,21 @@ class GeneratorStates:
 
 
 @contextmanager
-def isolated_generators(key: int) -> Iterator[None]:
-    """Runs a block on generators seeded by `key`, and leaves the global ones as they were."""
+def kept_generators() -> Iterator[None]:
+    """Runs a block that may do with the global generators what it likes: afterwards they are as they were."""
     before = GeneratorStates.capture()
-    seed_generators(key)
     try:
         yield
     finally:
         before.restore()
+
+
+@contextmanager
+def isolated_generators(key: int) -> Iterator[None]:
+    """Runs a block on generators seeded by `key`, and leaves the global ones as they were."""
+    with kept_generators():
+        seed_generators(key)
+        yield
 
 
 class GeneratorStream:
@@ -84,10 +91,9 @@ class GeneratorStream:
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Runs a block on this stream; the global generators are not moved by it."""
-        before = GeneratorStates.capture()
-        self.states.restore()
-        try:
-            yield
-        finally:
-            self.states = GeneratorStates.capture()
-            before.restore()
+        with kept_generators():
+            self.states.restore()
+            try:
+                yield
+            finally:
+                self.states = GeneratorStates.capture()

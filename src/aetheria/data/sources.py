@@ -1,27 +1,27 @@
-"""What can be trained on: one class for each way of finding a position again."""
+"""What can be trained on: one class for each way of finding a position again. Iterables: see `iterables`."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader
 
 from aetheria.core import MicroBatch
 from aetheria.data.cursor import Cursor
 from aetheria.data.keyed import KeyedBatchSampler, ReplayedSampler
 from aetheria.data.order import mix
-from aetheria.data.randomness import GeneratorStates, GeneratorStream
+from aetheria.data.randomness import isolated_generators
 from aetheria.errors import DataError
 
-__all__ = ["BatchSource", "DatasetSource", "FixedSource", "IterableSource", "SequenceSource", "batch_size_of"]
+__all__ = ["BatchSource", "DatasetSource", "FixedSource", "SequenceSource", "batch_size_of", "length_of"]
 
-ITERABLE_STREAM, WORKER_STREAM = 2, 3  # parts of keys, so that no two uses share a stream
+WORKER_STREAM, SEQUENCE_STREAM = 3, 9  # parts of keys, so that no two uses share a stream
 
 
 class BatchSource(ABC):
@@ -40,6 +40,9 @@ class BatchSource(ABC):
     @abstractmethod
     def iterate(self, cursor: Cursor) -> Iterator[MicroBatch]:
         """Yields the rest of the cursor's epoch, beginning right after what the cursor has consumed."""
+
+    def close(self) -> None:  # noqa: B027 - a hook
+        """Ends worker processes that outlive an epoch, here and now; left to the garbage collector they linger."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the cursor alone does not tell; empty for everything that is addressed by position."""
@@ -66,8 +69,9 @@ class DatasetSource(BatchSource):
         self.sampler = sampler
         self.seed = seed
         self.batched = batched
-        self.batches_per_epoch = _length_of(sampler)
+        self.batches_per_epoch = length_of(sampler)
         if isinstance(sampler, ReplayedSampler):
+            self.batches_per_epoch = length_of(sampler) or sampler.limit
             self.warning = (
                 f"your own {type(sampler.told[-1]).__name__} is kept: resuming replays its indices from the first "
                 "epoch (no data is loaded), and its order depends on the batch size and on the number of ranks."
@@ -85,23 +89,34 @@ class DatasetSource(BatchSource):
             ids = issued.popleft()
             yield MicroBatch(data, len(ids), ids) if self.batched else MicroBatch(data, batch_size_of(data))
 
+    def close(self) -> None:
+        self.loader._iterator = None  # a DataLoader with persistent workers keeps them for as long as it keeps this
+
 
 class SequenceSource(BatchSource):
     """Batches that can be asked for by number, such as a list of them, in the order in which they stand.
 
     Args:
         batches: the sequence.
+        seed: of the run.
+        seeded: whether a batch is made when it is asked for, and so may draw: from generators seeded for it, then.
         limit: how many of them make an epoch; None takes them all.
     """
 
-    def __init__(self, batches: Sequence[Any], limit: int | None = None) -> None:
+    def __init__(self, batches: Sequence[Any], seed: int, seeded: bool, limit: int | None = None) -> None:
         self.batches = batches
+        self.seed = seed
+        self.seeded = seeded
         self.batches_per_epoch = len(batches) if limit is None else min(limit, len(batches))
 
     def iterate(self, cursor: Cursor) -> Iterator[MicroBatch]:
-        batches = self.batches
+        epoch = cursor.epoch  # the cursor moves on while this is read
         for number in range(cursor.batches, self.batches_per_epoch or 0):
-            data = batches[number]
+            if self.seeded:
+                with isolated_generators(mix(self.seed, SEQUENCE_STREAM, epoch, number)):
+                    data = self.batches[number]
+            else:
+                data = self.batches[number]
             yield MicroBatch(data, batch_size_of(data))
 
 
@@ -122,75 +137,8 @@ class FixedSource(BatchSource):
             yield MicroBatch(batch.data, batch.size, batch.ids)
 
 
-class IterableSource(BatchSource):
-    """An iterable: resumed through its own `state_dict` where it has one, skipped forward where it has none.
-
-    Args:
-        batches: what is iterated, once an epoch.
-        seed: of the run.
-        limit: batches in an epoch at most; None leaves that to the iterable.
-        stateful: whichever of the loader and its dataset has `state_dict` and `load_state_dict`, or None.
-        reads_here: whether this process does the reading; worker processes have generators of their own.
-    """
-
-    def __init__(
-        self, batches: Iterable[Any], seed: int, limit: int | None, stateful: Any = None, reads_here: bool = True
-    ) -> None:
-        self.batches = batches
-        self.seed = seed
-        self.limit = limit
-        self.stateful = stateful
-        self.reads_here = reads_here
-        self.looks_ahead = stateful is None  # its state must be that of what has been consumed
-        length = _length_of(batches)
-        self.batches_per_epoch = min((count for count in (length, limit) if count is not None), default=None)
-        self._stream = GeneratorStream(mix(seed, ITERABLE_STREAM, 0))
-        self._resumed: dict[str, Any] | None = None
-        if stateful is None:
-            dataset = type(getattr(batches, "dataset", batches)).__name__
-            self.warning = (
-                f"{dataset} is iterable and has no state_dict: resuming in the middle of an epoch reads again, and "
-                "throws away, everything before that point. Give it state_dict and load_state_dict, or use a "
-                "map-style dataset."
-            )
-
-    def iterate(self, cursor: Cursor) -> Iterator[MicroBatch]:
-        skip = cursor.batches
-        self._stream = GeneratorStream(mix(self.seed, ITERABLE_STREAM, cursor.epoch))
-        if self._resumed is not None:
-            self.stateful.load_state_dict(self._resumed["state"])
-            self._stream.states = GeneratorStates.from_plain(self._resumed["generators"])
-            self._resumed, skip = None, 0
-        for part in (self.batches, getattr(self.batches, "dataset", None)):
-            if callable(set_epoch := getattr(part, "set_epoch", None)):
-                set_epoch(cursor.epoch)
-        remaining = None if self.limit is None else self.limit - cursor.batches
-        return itertools.islice(self._read(skip), remaining)
-
-    def _read(self, skip: int) -> Iterator[MicroBatch]:
-        with self._stream.borrowed():  # a DataLoader draws its workers' seed here
-            batches = iter(self.batches)
-        end = object()
-        while True:
-            with self._stream.borrowed() if self.reads_here else contextlib.nullcontext():
-                data = next(batches, end)
-            if data is end:
-                return
-            if skip:
-                skip -= 1
-            else:
-                yield MicroBatch(data, batch_size_of(data))
-
-    def state_dict(self) -> dict[str, Any]:
-        if self.stateful is None:
-            return {}
-        return {"state": self.stateful.state_dict(), "generators": self._stream.states.to_plain()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._resumed = state or None
-
-
-def _length_of(batches: Any) -> int | None:
+def length_of(batches: Any) -> int | None:
+    """Returns the length of something, or None where it does not say."""
     try:
         return len(batches)
     except TypeError:
@@ -200,15 +148,22 @@ def _length_of(batches: Any) -> int | None:
 def batch_size_of(batch: Any) -> int:
     """Returns the number of samples in a batch: the first dimension of the first tensor or array found in it.
 
+    Scalars do not count, unless there is nothing else: then the batch is one sample. A packed sequence says its own
+    batch size.
+
     Raises:
         DataError: there is none.
     """
-    stack = [batch]
+    stack, scalars = [batch], False
     while stack:
         item = stack.pop()
         if isinstance(item, torch.Tensor | np.ndarray):
-            return int(item.shape[0]) if item.ndim else 1
-        if isinstance(item, Mapping):
+            if item.ndim:
+                return len(item)
+            scalars = True
+        elif isinstance(item, PackedSequence):
+            return int(item.batch_sizes[0])
+        elif isinstance(item, Mapping):
             stack.extend(reversed(list(item.values())))
         elif isinstance(item, list | tuple):
             stack.extend(reversed(item))
@@ -216,6 +171,8 @@ def batch_size_of(batch: Any) -> int:
             stack.extend(getattr(item, name) for name in reversed(item.__dataclass_fields__))
         elif hasattr(item, "__len__") and not isinstance(item, str | bytes):
             return len(item)
+    if scalars:
+        return 1
     raise DataError(
         f"cannot tell how many samples a batch of type {type(batch).__name__} holds: there is no tensor in it. "
         "Collate it into tensors whose first dimension is the batch."

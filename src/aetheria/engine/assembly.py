@@ -76,10 +76,9 @@ def config_of_run(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
         RunFolderError: there is no run folder.
         ConfigError: an override is wrong.
     """
-    content = RunFolder.open(path).read()
-    source = content.get("config_source")
-    values = content["config"] | {"runs_dir": str(path.absolute().parent)}
-    return TrainingConfig.from_resolved(values, Path(source) if source else None, overrides)
+    folder = RunFolder.open(path)
+    values = folder.read()["config"] | {"runs_dir": str(folder.path.parent)}
+    return TrainingConfig.from_resolved(values, folder.config_source(), overrides)
 
 
 @dataclass(frozen=True)

@@ -233,15 +233,11 @@ def _registered(name: str, stored: StoredWeights, plugins: Path | None) -> Any:
 def _plugin_folders(stored: StoredWeights) -> Iterator[Path]:
     """Yields the folders that the user, not the run folder, vouches for.
 
-    What is opened may have come from somebody else. So it may point at a folder, but not bring it along: not by lying
-    in it, and not by a path such as /proc/self/cwd, which means a different folder for everybody who opens it.
+    What is opened may have come from somebody else: see `RunFolder.config_source`.
     """
     brought_along = (stored.run.path if stored.run else stored.path).resolve()
-    source = Path(str(stored.run.read().get("config_source")) if stored.run else "")
-    folders = [Path.cwd() / "plugins"]
-    if source.is_absolute() and source.parts[1:2] not in (("proc",), ("dev",)):
-        folders.insert(0, source.parent / "plugins")
-    for folder in folders:
+    source = stored.run.config_source() if stored.run else None
+    for folder in ([source.parent / "plugins"] if source else []) + [Path.cwd() / "plugins"]:
         if folder.is_dir() and not folder.resolve().is_relative_to(brought_along):
             yield folder
 
