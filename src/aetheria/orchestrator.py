@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
 
 from aetheria.accelerator import create_accelerator
 from aetheria.accelerator.select import deterministic
 from aetheria.config import TrainingConfig
-from aetheria.core import Accelerator, AetherDataModule, AetherModel, Callback, RunEvent, RunResult
+from aetheria.core import Accelerator, AetherDataModule, AetherModel, Callback, RunResult
 from aetheria.data import LoaderDataModule
 from aetheria.data.order import mix
 from aetheria.data.randomness import seed_generators
 from aetheria.engine.assembly import build_callbacks, build_model_and_data, config_of_run, prepare_loaders
+from aetheria.engine.context import RunContext
 from aetheria.engine.dropped import DroppedWindows
 from aetheria.engine.evaluation import evaluate
 from aetheria.engine.hooks import Hooks
@@ -34,7 +33,7 @@ from aetheria.engine.state import RunParts
 from aetheria.engine.window import Window, WindowRunner, windows
 from aetheria.errors import AetheriaError, DataError, RunFolderError, SnapshotError
 from aetheria.loom.recorder import Recorder
-from aetheria.snapshot import KeepBest, weights_digest
+from aetheria.snapshot import weights_digest
 from aetheria.snapshot.format import model_tensors
 
 __all__ = ["Orchestrator", "continue_run"]
@@ -42,7 +41,7 @@ __all__ = ["Orchestrator", "continue_run"]
 TRAINING_STREAM = 8  # part of the key of the generators that training draws from
 
 
-class Orchestrator:
+class Orchestrator(RunContext):
     """Trains a model. It is its callbacks' `TrainingContext`.
 
     Args:
@@ -51,9 +50,6 @@ class Orchestrator:
         config: how.
         accelerator: the hardware; by default what the configuration asks for.
         callbacks: besides those that the configuration names.
-
-    Attributes:
-        state: where the loop is: step, cursor, history.
     """
 
     def __init__(
@@ -70,10 +66,8 @@ class Orchestrator:
         self.accelerator = create_accelerator(config) if accelerator is None else accelerator
         self.callbacks = build_callbacks(config, callbacks)
         self.state = LoopState()
-        self._stop_reason = ""
         self._status: Literal["completed", "stopped", "interrupted"] = "completed"
         self._unsettled: Window | None = None
-        self._pending = False
         self._next_due = 0
 
     @classmethod
@@ -87,61 +81,6 @@ class Orchestrator:
         """
         model, data = build_model_and_data(config)
         return cls(model, data, config, callbacks=callbacks)
-
-    # --- what callbacks see ----------------------------------------------------------------------------------------
-    @property
-    def global_step(self) -> int:
-        return self.state.global_step
-
-    @property
-    def epoch(self) -> int:
-        return self.state.cursor.epoch
-
-    @property
-    def samples_seen(self) -> int:
-        return self.state.cursor.total_samples
-
-    @property
-    def max_epochs(self) -> int | None:
-        return self.config.epochs
-
-    @property
-    def max_steps(self) -> int | None:
-        return self.config.max_steps
-
-    @property
-    def steps_per_epoch(self) -> int | None:
-        batches = self._train.batches_per_epoch
-        return None if batches is None else -(-batches // self.config.grad_accumulation_steps)
-
-    @property
-    def optimizer(self) -> Optimizer:
-        return self._schedules.plan.optimizer
-
-    @property
-    def folder(self) -> Path:
-        return self._opened.folder.path
-
-    @property
-    def run_id(self) -> str:
-        return self._opened.folder.run_id
-
-    def request_stop(self, reason: str) -> None:
-        self._stop_reason = self._stop_reason or reason
-        self._pending = True
-
-    def request_snapshot(self, reason: str) -> None:
-        self._keeper.request(reason)
-        self._pending = True
-
-    def keep_best(self, metric: str, mode: Literal["min", "max"], k: int) -> None:
-        self._keeper.rules.append(KeepBest(metric, mode, k))
-
-    def log(self, metrics: Mapping[str, float | Tensor]) -> None:
-        self._reporter.add(metrics)
-
-    def record(self, kind: str, message: str, **data: Any) -> None:
-        self._reporter.record(RunEvent(kind, self.global_step, message, data))
 
     # --- a run, from outside ---------------------------------------------------------------------------------------
     def run(self, resume_from: str | Path | None = None) -> RunResult:

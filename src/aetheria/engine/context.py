@@ -1,0 +1,100 @@
+"""What callbacks see of a run: `self.context`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from aetheria.config import TrainingConfig
+from aetheria.core import Accelerator, AetherModel, RunEvent
+from aetheria.data import BatchSource
+from aetheria.engine.keeper import SnapshotKeeper
+from aetheria.engine.loop_state import LoopState
+from aetheria.engine.opening import OpenedRun
+from aetheria.engine.reporting import Reporter
+from aetheria.engine.schedules import Schedules
+from aetheria.snapshot import KeepBest
+
+__all__ = ["RunContext"]
+
+
+class RunContext:
+    """The `TrainingContext` that the Orchestrator is. Requests are noted here, and honoured at the next boundary.
+
+    Attributes:
+        config: how the run is trained.
+        model: what is trained.
+        accelerator: the hardware.
+        state: where the loop is: step, cursor, history.
+    """
+
+    config: TrainingConfig
+    model: AetherModel
+    accelerator: Accelerator
+    state: LoopState
+    _opened: OpenedRun
+    _schedules: Schedules
+    _train: BatchSource
+    _keeper: SnapshotKeeper
+    _reporter: Reporter
+    _pending: bool = False
+    _stop_reason: str = ""
+
+    @property
+    def global_step(self) -> int:
+        return self.state.global_step
+
+    @property
+    def epoch(self) -> int:
+        return self.state.cursor.epoch
+
+    @property
+    def samples_seen(self) -> int:
+        return self.state.cursor.total_samples
+
+    @property
+    def max_epochs(self) -> int | None:
+        return self.config.epochs
+
+    @property
+    def max_steps(self) -> int | None:
+        return self.config.max_steps
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        batches = self._train.batches_per_epoch
+        return None if batches is None else math.ceil(batches / self.config.grad_accumulation_steps)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self._schedules.plan.optimizer
+
+    @property
+    def folder(self) -> Path:
+        return self._opened.folder.path
+
+    @property
+    def run_id(self) -> str:
+        return self._opened.folder.run_id
+
+    def request_stop(self, reason: str) -> None:
+        self._stop_reason = self._stop_reason or reason
+        self._pending = True
+
+    def request_snapshot(self, reason: str) -> None:
+        self._keeper.request(reason)
+        self._pending = True
+
+    def keep_best(self, metric: str, mode: Literal["min", "max"], k: int) -> None:
+        self._keeper.rules.append(KeepBest(metric, mode, k))
+
+    def log(self, metrics: Mapping[str, float | Tensor]) -> None:
+        self._reporter.add(metrics)
+
+    def record(self, kind: str, message: str, **data: Any) -> None:
+        self._reporter.record(RunEvent(kind, self.global_step, message, data))
