@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 __all__ = ["Figure", "parser", "report", "summarise"]
 
@@ -54,7 +55,9 @@ class Figure:
     note: str = ""
 
 
-def summarise(name: str, unit: str, values: Sequence[float], target: float | None = None, note: str = "") -> Figure:
+def summarise(
+    name: str, unit: str, values: Sequence[float] | NDArray[np.float64], target: float | None = None, note: str = ""
+) -> Figure:
     """Returns median, mean and the 95 % interval of the median, by the percentile bootstrap with 4,000 resamples.
 
     Efron, "Bootstrap Methods: Another Look at the Jackknife", Annals of Statistics 7(1), 1979.

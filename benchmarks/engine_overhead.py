@@ -13,19 +13,21 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.common import Figure, parser, report, summarise
 from benchmarks.contestants import CONTESTANTS, FEATURES, by_hand, lane_of
-from benchmarks.pairs import IterableLane, alternate
+from benchmarks.pairs import IterableLane, Turn, alternate
 
 BLOCK, WARM_UP, PAIRS, PAIRS_SHORT = 200, 10, 300, 20
 BATCH_SIZE, BATCHES = 32, 64
 TARGET = 20.0  # microseconds a step, with logging on
 
 
-def measure(name: str, pairs: int) -> list[tuple[float, float]]:
-    """Returns seconds a step, by hand and by a contestant, for each pair of blocks. For a fresh process."""
+def measure(name: str, pairs: int) -> list[list[Turn]]:
+    """Returns how long each pair of blocks took, by hand and by a contestant. For a fresh process."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     batches = [
@@ -36,15 +38,15 @@ def measure(name: str, pairs: int) -> list[tuple[float, float]]:
     hand, other = IterableLane(batches, BLOCK, turns), lane_of(name, batches, BLOCK, turns)
     hand.start(by_hand)
     other.start(CONTESTANTS[name])
-    return [(one / BLOCK, two / BLOCK) for one, two in alternate(hand, other, pairs, WARM_UP)]
+    return [list(pair) for pair in alternate(hand, other, pairs, WARM_UP)]
 
 
-def in_fresh_process(name: str, pairs: int) -> list[tuple[float, float]] | None:
-    """Returns what `measure` returns, or None where the contestant is not installed."""
+def in_fresh_process(name: str, pairs: int) -> NDArray[np.float64] | None:
+    """Returns microseconds a step, [pairs, (by hand, contestant), (wall, processor)]; None where it is not installed."""
     command = [sys.executable, "-m", "benchmarks.engine_overhead", "--measure", name, "--pairs", str(pairs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
-        return [(one, two) for one, two in json.loads(done.stdout.splitlines()[-1])]
+        return np.array(json.loads(done.stdout.splitlines()[-1])) / BLOCK * 1e6
     if "ModuleNotFoundError: No module named" in done.stderr:
         return None
     raise RuntimeError(f"{name} failed:\n{done.stderr}")
@@ -63,15 +65,15 @@ def main() -> None:
         return
     figures = []
     for name in chosen.only:
-        seconds = in_fresh_process(name, pairs)
-        if seconds is None:
+        taken = in_fresh_process(name, pairs)
+        if taken is None:
             figures.append(Figure(name, "µs", note="not installed: see benchmarks/requirements.txt"))
             continue
-        by_hand_median = sorted(one for one, _ in seconds)[len(seconds) // 2] * 1e6
+        hand, processor = np.median(taken[:, 0, 0]), np.median(taken[:, 1, 1] - taken[:, 0, 1])
+        note = f"by hand {hand:.0f} µs; in processor time {processor:+.1f} µs"
         target = TARGET if name.startswith("Aetheria") else None
-        differences = [(two - one) * 1e6 for one, two in seconds]
-        figures.append(summarise(name, "µs", differences, target, f"by hand: {by_hand_median:.0f} µs a step"))
-        print(f"{name}: {figures[-1].median:+.1f} µs", flush=True)
+        figures.append(summarise(name, "µs", taken[:, 1, 0] - taken[:, 0, 0], target, note))
+        print(f"{name}: {figures[-1].median:+.1f} µs, {note}", flush=True)
     report(
         "engine_overhead",
         "Time a step takes beyond the same loop written by hand, in microseconds (MLP 10-64-1, batch 32, Adam).",

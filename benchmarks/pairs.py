@@ -12,10 +12,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
-from time import perf_counter
-from typing import Any
+from time import perf_counter, thread_time
+from typing import Any, NamedTuple
 
-__all__ = ["IterableLane", "Lane", "SequenceLane", "alternate"]
+import torch
+
+__all__ = ["IterableLane", "Lane", "SequenceLane", "Turn", "alternate"]
+
+
+class Turn(NamedTuple):
+    """How long a block took.
+
+    Attributes:
+        seconds: by the clock on the wall.
+        processor_seconds: that the contestant's thread was computing. What other processes take is not in it, nor is
+            waiting: for the disk, for another thread.
+    """
+
+    seconds: float
+    processor_seconds: float
 
 
 class Lane:
@@ -32,9 +47,10 @@ class Lane:
         self._block = block
         self._turns = turns
         self._go: SimpleQueue[None] = SimpleQueue()
-        self._done: SimpleQueue[float | BaseException | None] = SimpleQueue()
+        self._done: SimpleQueue[Turn | BaseException | None] = SimpleQueue()
         self._running = threading.Event()
-        self._opened: float | None = None
+        self._running.set()  # until its first batch a contestant is preparing, and nobody is measured
+        self._opened: Turn | None = None
 
     def __len__(self) -> int:
         return self._block * self._turns
@@ -42,7 +58,10 @@ class Lane:
     def start(self, train: Callable[[Any], object]) -> None:
         """Begins to train on this lane, as far as its first batch."""
 
+        threads = torch.get_num_threads()
+
         def run() -> None:
+            torch.set_num_threads(threads)  # OpenMP counts anew in every thread that Python starts
             try:
                 train(self)
             except BaseException as error:  # noqa: BLE001 - handed to the referee, who raises it
@@ -53,14 +72,14 @@ class Lane:
         threading.Thread(target=run, daemon=True).start()
         self._answer()
 
-    def turn(self) -> float:
-        """Lets the contestant run for one block; returns the seconds it took."""
+    def turn(self) -> Turn:
+        """Lets the contestant run for one block; returns how long it took."""
         self._running.set()
         self._go.put(None)
-        seconds = self._answer()
-        if seconds is None:
+        taken = self._answer()
+        if taken is None:
             raise RuntimeError("a contestant ended before its data did")
-        return seconds
+        return taken
 
     def finish(self) -> None:
         """Lets the contestant run to its end, unmeasured: the last turn, and whatever it does afterwards."""
@@ -74,7 +93,7 @@ class Lane:
         """Holds a background thread of this contestant until it may work."""
         self._running.wait()
 
-    def _answer(self) -> float | None:
+    def _answer(self) -> Turn | None:
         answer = self._done.get()
         if isinstance(answer, BaseException):
             raise answer
@@ -82,12 +101,12 @@ class Lane:
 
     def _pass_the_gate(self) -> None:
         """Called by the data between two blocks."""
-        now = perf_counter()
-        if self._opened is not None:
-            self._running.clear()
-        self._done.put(0.0 if self._opened is None else now - self._opened)
+        now = Turn(perf_counter(), thread_time())
+        since = self._opened or now
+        self._running.clear()
+        self._done.put(Turn(now.seconds - since.seconds, now.processor_seconds - since.processor_seconds))
         self._go.get()
-        self._opened = perf_counter()
+        self._opened = Turn(perf_counter(), thread_time())
 
 
 class IterableLane(Lane):
@@ -110,8 +129,8 @@ class SequenceLane(Lane, Sequence[Any]):
         return self._batches[number % len(self._batches)]
 
 
-def alternate(first: Lane, second: Lane, pairs: int, warm_up: int) -> list[tuple[float, float]]:
-    """Gives two contestants, already started, turns; returns the seconds of each pair of blocks.
+def alternate(first: Lane, second: Lane, pairs: int, warm_up: int) -> list[tuple[Turn, Turn]]:
+    """Gives two contestants, already started, turns; returns how long each pair of blocks took.
 
     They begin alternately (ABBA), so that a machine that grows slower or faster favours neither.
 
@@ -121,7 +140,7 @@ def alternate(first: Lane, second: Lane, pairs: int, warm_up: int) -> list[tuple
         pairs: turns that count.
         warm_up: turns before them.
     """
-    seconds = []
+    taken = []
     for number in range(warm_up + pairs):
         if number % 2 == 0:
             one = first.turn()
@@ -129,7 +148,7 @@ def alternate(first: Lane, second: Lane, pairs: int, warm_up: int) -> list[tuple
         else:
             other = second.turn()
             one = first.turn()
-        seconds.append((one, other))
+        taken.append((one, other))
     first.finish()
     second.finish()
-    return seconds[warm_up:]
+    return taken[warm_up:]

@@ -14,6 +14,7 @@ from aetheria.data.cursor import Cursor
 from aetheria.data.order import mix
 from aetheria.data.randomness import GeneratorStates, GeneratorStream, isolated_generators, kept_generators
 from aetheria.data.sources import WORKER_STREAM, BatchSource, batch_size_of, length_of
+from aetheria.data.workers import begin
 from aetheria.errors import DataError
 
 __all__ = ["IterableSource", "StatefulSource", "WatchedIterable"]
@@ -77,7 +78,7 @@ class IterableSource(BatchSource):
         left = None if self.limit is None else self.limit - cursor.batches
         self._cut = False
         with isolated_generators(mix(self.seed, WORKER_STREAM, cursor.epoch)):  # a DataLoader draws its workers' seed
-            batches = iter(self.batches)
+            batches = begin(self.batches)
         end = object()
         for number in itertools.count(-skip):
             if number == left:
@@ -93,7 +94,7 @@ class IterableSource(BatchSource):
 
 
 class StatefulSource(IterableSource):
-    """An iterable with a state: it finds its place by itself, and carries over from one epoch to the next what it likes.
+    """An iterable with a state: it finds its place by itself, and carries from one epoch into the next what it likes.
 
     Args:
         batches: what is iterated, once an epoch.

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import math
 import operator
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from aetheria.data.order import KeyedOrder, mix
 from aetheria.data.randomness import GeneratorStream, kept_generators, seed_generators
 from aetheria.errors import DataError
 
-__all__ = ["KeyedBatchSampler", "KeyedDataset", "ReplayedSampler", "WorkerStart", "draws_nothing"]
+__all__ = ["KeyedBatchSampler", "KeyedDataset", "ReplayedSampler", "draws_nothing"]
 
 Key = tuple[int, Any]  # (epoch, sample id); the id is an int unless the user's own sampler says otherwise
 SAMPLER_STREAM = 1  # part of a sampler's key, so that it shares no stream with anything else
@@ -235,25 +234,3 @@ def _as_ids(indices: list[Any]) -> NDArray[Any]:
         return np.asarray([operator.index(index) for index in indices], dtype=np.int64)
     except TypeError:
         return np.fromiter(indices, dtype=object, count=len(indices))
-
-
-class WorkerStart:
-    """What a worker process does first: leaves Ctrl-C and the first SIGTERM to the training process.
-
-    Both reach the whole process group. A worker that died of them would tear down the step that the training process
-    wants to finish before it saves. A second SIGTERM, which is how a stuck worker is ended, works as ever.
-
-    `get_worker_info().dataset` is made to be what the user expects there: the user's own dataset.
-    """
-
-    def __init__(self, users_function: Callable[[int], None] | None) -> None:
-        self.users_function = users_function
-
-    def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-        info = get_worker_info()
-        if info is not None and isinstance(info.dataset, KeyedDataset):
-            object.__setattr__(info, "dataset", info.dataset.dataset)
-        if self.users_function is not None:
-            self.users_function(worker)

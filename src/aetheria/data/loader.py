@@ -17,9 +17,10 @@ from torch.utils.data import (
 )
 
 from aetheria.data.iterables import IterableSource, StatefulSource, WatchedIterable
-from aetheria.data.keyed import KeyedBatchSampler, KeyedDataset, ReplayedSampler, WorkerStart, draws_nothing
+from aetheria.data.keyed import KeyedBatchSampler, KeyedDataset, ReplayedSampler, draws_nothing
 from aetheria.data.order import KeyedOrder, mix
 from aetheria.data.sources import BatchSource, DatasetSource, SequenceSource, length_of
+from aetheria.data.workers import WorkerStart
 from aetheria.errors import DataError
 
 __all__ = ["prepare_loader"]

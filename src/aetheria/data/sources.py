@@ -17,6 +17,7 @@ from aetheria.data.cursor import Cursor
 from aetheria.data.keyed import KeyedBatchSampler, ReplayedSampler
 from aetheria.data.order import mix
 from aetheria.data.randomness import isolated_generators
+from aetheria.data.workers import begin
 from aetheria.errors import DataError
 
 __all__ = ["BatchSource", "DatasetSource", "FixedSource", "SequenceSource", "batch_size_of", "length_of"]
@@ -83,7 +84,7 @@ class DatasetSource(BatchSource):
         self.sampler.start = cursor.samples if by_samples else cursor.batches
         # Iterating a DataLoader draws a seed for its workers; from a generator of its own, that moves nobody else's.
         self.loader.generator.manual_seed(mix(self.seed, WORKER_STREAM, cursor.epoch))
-        batches = iter(self.loader)
+        batches = begin(self.loader)
         issued = self.sampler.issued
         for data in batches:
             ids = issued.popleft()

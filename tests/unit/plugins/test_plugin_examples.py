@@ -37,5 +37,8 @@ def test_an_example_can_be_built_and_takes_a_step(path):
 
 
 def test_the_digits_schedule_ends_with_the_run():
+    pytest.importorskip("sklearn")
     config = TrainingConfig.from_yaml(next(path for path in EXAMPLES if path.parent.name == "digits"))
-    assert config.model_params["schedule_steps"] == config.max_steps
+    data = Registry.build("data", config.data_name, {"batch_size": config.batch_size, **config.data_params})
+    data.setup()
+    assert config.model_params["schedule_steps"] == config.epochs * len(data.train_dataloader())

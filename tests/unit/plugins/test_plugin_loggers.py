@@ -64,6 +64,13 @@ def test_metrics_and_events_as_log_lines(run, lines):
     ]
 
 
+def test_without_metrics_only_what_is_grave_is_left(run, lines):
+    log = session(lambda: ConsoleLogger(metrics=False), run, [(10, {"loss": 0.1})])
+    log.on_event(RunEvent("snapshot", 12, "written"))
+    log.on_event(RunEvent("error", 13, "CSVLogger.log_metrics raised", {"traceback": "File x, line 1"}))
+    assert lines == ["WARNING step 13  error: CSVLogger.log_metrics raised\nFile x, line 1"]
+
+
 def test_events_are_logged_on_the_main_process_only(run, lines):
     run.accelerator.rank = 1
     session(ConsoleLogger, run, []).on_event(RunEvent("warning", 1, "hello"))

@@ -110,7 +110,6 @@ def one_step(callback, run, batch):
     run.model.training_step(batch)["loss"].backward()
     callback.on_before_step()
     run.global_step += 1
-    callback.on_batch_end(0, {})
 
 
 def regression_batch():
@@ -150,15 +149,25 @@ def test_dead_activations_are_those_that_no_sample_wakes(run):
 def test_hooks_are_there_only_for_the_step_that_is_measured(run):
     callback = attached(GradientHealth(every=3), run)
     hooks = run.model.layers[1]._forward_hooks
-    assert len(hooks) == 1
-    one_step(callback, run, regression_batch())
-    assert not hooks
-    one_step(callback, run, regression_batch())
-    assert not hooks
-    one_step(callback, run, regression_batch())
-    assert len(hooks) == 1
+    before_each_forward = []
+    for _ in range(7):
+        before_each_forward.append(len(hooks))
+        one_step(callback, run, regression_batch())
+    assert before_each_forward == [1, 0, 0, 1, 0, 0, 1]
+    callback._prepare(9)
     callback.teardown()
     assert not hooks
+
+
+def test_a_window_that_was_dropped_before_the_measured_one_is_not_counted(run):
+    callback = attached(GradientHealth(every=2), run)
+    one_step(callback, run, regression_batch())
+    for run.global_step in (1, 1):  # the first is dropped: the counter stays
+        run.model.training_step(regression_batch())["loss"].backward()
+        callback.on_before_step()
+    run.global_step = 2
+    run.model.training_step(regression_batch())["loss"].backward()
+    assert [len(shares) for shares in callback._dead.values()] == [1]
 
 
 def test_a_validation_between_two_steps_is_not_counted(run):

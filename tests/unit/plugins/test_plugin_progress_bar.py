@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 from rich.file_proxy import FileProxy
 
-from aetheria.core import RunEvent
 from aetheria.errors import ConfigError
 from aetheria.plugins import ProgressBar
 from aetheria.plugins.callbacks import _terminal
@@ -52,7 +51,7 @@ def test_one_line_for_each_set_of_metrics_where_there_is_no_terminal(run, lines)
     run.global_step, run.samples_seen = 4, 128
     lines.log_metrics({"loss": 0.12345, "gradient_norm.layers": 7.0}, 4)
     [line] = written(lines).splitlines()  # however narrow the console is
-    assert line.startswith("epoch 1/3  step 4/30  loss 0.1235")
+    assert line.startswith("epoch 1/3  step  4/30  loss 0.1235")
     assert line.endswith("left")
     assert "samples/s" in line
     assert "\x1b" not in line
@@ -95,10 +94,13 @@ def test_short_epochs_share_a_line_and_the_last_one_is_printed(run, monkeypatch)
     assert written(bar).startswith("epoch 3/3")
 
 
-def test_events_that_matter_are_printed(lines):
-    lines.on_event(RunEvent("nonfinite", 7, "dropped a window"))
-    lines.on_event(RunEvent("snapshot", 8, "written"))
-    assert written(lines) == "nonfinite at step 7: dropped a window\n"
+def test_a_line_that_was_held_back_comes_before_the_next(run, lines, monkeypatch):
+    monkeypatch.setattr("aetheria.plugins.callbacks.progress_bar._EPOCH_LINE_INTERVAL", 3600.0)
+    lines.on_epoch_end({"loss": 1.0})
+    run.epoch = 1
+    lines.log_metrics({"loss": 0.5}, 11)
+    lines.teardown()
+    assert [line[:9] for line in written(lines).splitlines()] == ["epoch 1/3", "epoch 2/3"]
 
 
 def test_only_the_main_process_shows_anything(run):
@@ -109,7 +111,6 @@ def test_only_the_main_process_shows_anything(run):
     bar.on_validation_start()
     bar.on_validation_end({})
     bar.on_epoch_end({"loss": 1.0})
-    bar.on_event(RunEvent("warning", 1, "rank 1"))
     bar.teardown()
     assert not written(bar)
 
@@ -118,7 +119,9 @@ def test_bars_on_a_terminal_show_the_run(run, live, screen):
     live.on_train_start()
     live.on_epoch_start()
     run.global_step, run.samples_seen = 7, 224
-    live.log_metrics({"accuracy": 0.5, "loss": 0.25, "learning_rate.matrices": 0.1, "val_loss": 0.5}, 7)
+    live.log_metrics(
+        {"accuracy": 0.5, "loss": 0.25, "learning_rate.matrices": 0.1, "val_loss": 0.5, "epoch_loss": 9}, 7
+    )
     live.teardown()
     shown = screen.getvalue()
     assert "7/10" in shown
@@ -128,6 +131,7 @@ def test_bars_on_a_terminal_show_the_run(run, live, screen):
     assert "loss 0.25      accuracy 0.5" in shown  # the loss comes first
     assert "val_loss 0.5" in shown
     assert "matrices" not in shown
+    assert "epoch_loss" not in shown
 
 
 def test_the_terminal_is_left_as_it_was(live, screen):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class GradientHealth(Callback):
       into: its modules' outputs may never exist.
 
     Everything stays on the device; the loop reads it with the other metrics. Between two measurements a step costs
-    one comparison.
+    two comparisons.
 
     Args:
         every: optimiser steps between two measurements; the first is at the first step.
@@ -53,40 +53,45 @@ class GradientHealth(Callback):
         for name, parameter in self.context.model.named_parameters():
             if parameter.requires_grad:
                 self._parts[name.partition(".")[0]].append(parameter)
-        self._watch_if_due()
+        self._prepare(self.context.global_step)
 
-    def on_batch_end(self, batch_idx: int, metrics: dict[str, Tensor]) -> None:
-        """Watches the activations of the next window, if that one is to be measured."""
-        self._watch_if_due()
-
-    def _watch_if_due(self) -> None:
-        if self.context.global_step % self.every or self._handles or self.context.config.compile:
-            return
-        for name, module in self.context.model.named_modules():
-            if isinstance(module, nn.ReLU | nn.ReLU6):
-                self._handles.append(module.register_forward_hook(self._counter(name)))
-
-    def _counter(self, name: str) -> Any:
-        def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _counter(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if module.training:  # a validation may come between two windows
                 self._dead[name].append((output.detach() == 0).all(dim=0).float().mean())
 
         return count
 
     def on_before_step(self) -> None:
-        """Measures, if it is time."""
-        if self.context.global_step % self.every:
+        """Measures, if it is time, and prepares for the next step."""
+        step = self.context.global_step
+        if step % self.every == 0:
+            self._measure()
+        self._prepare(step + 1)
+
+    def _prepare(self, step: int) -> None:
+        """Watches the activations of the window that comes next, if that one is to be measured.
+
+        This cannot wait until the step before it has been taken: on a device that works behind the host, that is known
+        only after the next forward pass.
+        """
+        if step % self.every or self.context.config.compile:
             return
+        self._unwatch()
+        for name, module in self.context.model.named_modules():
+            if isinstance(module, nn.ReLU | nn.ReLU6):
+                self._handles.append(module.register_forward_hook(self._counter(name)))
+
+    def _measure(self) -> None:
         values: dict[str, float | Tensor] = {}
         for name, shares in self._dead.items():
             values[f"dead_activations.{name}"] = torch.stack(shares).mean()
-        with torch.no_grad():
-            gradients = {
-                part: [parameter.grad for parameter in parameters if parameter.grad is not None]
-                for part, parameters in self._parts.items()
-            }
-            values |= _norms("gradient_norm", gradients)
-            values |= _norms("weight_norm", self._parts)
+        gradients = {
+            part: [parameter.grad for parameter in parameters if parameter.grad is not None]
+            for part, parameters in self._parts.items()
+        }
+        values |= _norms("gradient_norm", gradients)
+        values |= _norms("weight_norm", self._parts)
         self._unwatch()
         self.context.log(values)
 
@@ -101,11 +106,11 @@ class GradientHealth(Callback):
         self._unwatch()
 
 
-def _norms(name: str, parts: dict[str, Any] | dict[str, list[nn.Parameter]]) -> dict[str, Tensor]:
+def _norms(name: str, parts: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     """Returns the Euclidean norm of every part that has tensors, and that of all of them."""
-    norms = {f"{name}.{part}": _norm(tensors) for part, tensors in parts.items() if tensors}
-    return {f"{name}.total": _norm(norms.values()), **norms}
-
-
-def _norm(tensors: Iterable[Tensor]) -> Tensor:
-    return get_total_norm([tensor.detach() for tensor in tensors])
+    norms = {
+        f"{name}.{part}": get_total_norm([tensor.detach() for tensor in tensors])
+        for part, tensors in parts.items()
+        if tensors
+    }
+    return {f"{name}.total": get_total_norm(list(norms.values())), **norms}

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
-from aetheria.core import Logger, RunEvent
+from aetheria.core import Logger
 from aetheria.errors import ConfigError
 from aetheria.plugins.callbacks._run import total_steps
 from aetheria.plugins.callbacks._terminal import let_log_lines_pass
@@ -24,8 +24,7 @@ __all__ = ["ProgressBar"]
 
 _WIDTH = 100  # columns; longer bars are harder to read
 _RATE_WINDOW = 10.0  # seconds over which the rate is measured
-_EPOCH_LINE_INTERVAL = 1.0  # seconds; short epochs would flood the terminal
-_EVENTS_SHOWN = ("nonfinite", "warning", "error", "stop")
+_EPOCH_LINE_INTERVAL = 0.2  # seconds; shorter epochs would flood the terminal
 
 
 @Registry.register_callback("ProgressBar")
@@ -34,11 +33,11 @@ class ProgressBar(Logger):
 
     On a terminal, two bars and the metrics are redrawn a few times a second by a thread that looks at the run's
     counters: a step does nothing for it. Elsewhere (a file, a pipe, a notebook) it prints plain lines: one per epoch,
-    and one every `line_interval` seconds in long epochs. Epochs that take less than a second share a line.
+    and one every `line_interval` seconds in long epochs. Epochs of less than a fifth of a second share a line.
 
     Log lines and warnings appear above the bars; a loguru handler of your own should write to `sys.stderr` as it is
     at that moment (`logger.add(lambda line: sys.stderr.write(line))`). Metrics whose names have a dot are details of
-    another one and are left to the other loggers.
+    another one, and those of a whole epoch are in its line: neither is shown below the bars.
 
     Args:
         refresh_per_second: how often the bars are redrawn.
@@ -75,7 +74,7 @@ class ProgressBar(Logger):
         steps_per_epoch = self.context.steps_per_epoch
         self._epoch_began = step if steps_per_epoch is None else min(step, self.context.epoch * steps_per_epoch)
         self._began, self._began_at_step = time.monotonic(), step
-        self._last_line = self._began
+        self._last_line = self._last_epoch_line = self._began
         self._marks = ((self._began, self.context.samples_seen),) * 2
         if console.is_interactive and console.file.isatty():
             self._live = Live(
@@ -107,21 +106,17 @@ class ProgressBar(Logger):
         """Keeps the metrics for the next drawing; prints a line now and then where there is no terminal."""
         self._latest = {**self._latest, **metrics}  # replaced, not changed: another thread may be reading it
         if self._live is None and time.monotonic() - self._last_line >= self.line_interval:
+            self._print_epoch_line()
             self._print(self._line(self._latest))
 
     def on_epoch_end(self, metrics: dict[str, float]) -> None:
-        """Prints the epoch's line, unless one was printed a moment ago."""
+        """Prints the epoch's line, unless another epoch's was printed a moment ago."""
         if not self._shown:
             return
         self._latest = {**self._latest, **metrics}
         self._epoch_line = self._line(metrics)
-        if time.monotonic() - self._last_line >= _EPOCH_LINE_INTERVAL:
+        if time.monotonic() - self._last_epoch_line >= _EPOCH_LINE_INTERVAL:
             self._print_epoch_line()
-
-    def on_event(self, event: RunEvent) -> None:
-        """Prints what a person should know of."""
-        if self._shown and event.kind in _EVENTS_SHOWN:
-            self._print(Text(f"{event.kind} at step {event.step}: {event.message}", style="yellow"))
 
     def teardown(self) -> None:
         """Prints what is pending and gives the terminal back as it was."""
@@ -136,7 +131,7 @@ class ProgressBar(Logger):
     def _print_epoch_line(self) -> None:
         if self._epoch_line is not None:
             self._print(self._epoch_line)
-            self._epoch_line = None
+            self._epoch_line, self._last_epoch_line = None, self._last_line
 
     def _print(self, line: Text) -> None:
         self._last_line = time.monotonic()
@@ -202,7 +197,10 @@ class ProgressBar(Logger):
 
 
 def _of(done: int, total: int | None) -> str:
-    return f"{done:,}" if total is None else f"{done:,}/{total:,}"
+    if total is None:
+        return f"{done:,}"
+    whole = f"{total:,}"
+    return f"{done:>{len(whole)},}/{whole}"  # lines of several epochs stay aligned
 
 
 def _bar(done: int, total: int | None) -> tuple[RenderableType, str]:
@@ -213,7 +211,8 @@ def _bar(done: int, total: int | None) -> tuple[RenderableType, str]:
 
 def _by_origin(metrics: dict[str, float]) -> tuple[list[Text], list[Text]]:
     """Returns the training metrics, the loss first, and the validation metrics, each as "name value"."""
-    names = sorted((name for name in metrics if "." not in name), key=lambda name: name.removeprefix("val_") != "loss")
+    names = [name for name in metrics if "." not in name and not name.startswith("epoch_")]
+    names.sort(key=lambda name: name.removeprefix("val_") != "loss")
     pairs = {name: Text.assemble((f"{name} ", "dim"), f"{metrics[name]:<8.4g}") for name in names}
     return (
         [pair for name, pair in pairs.items() if not name.startswith("val_")],

@@ -32,31 +32,30 @@ class TensorBoardLogger(Logger):
             import tensorboardX  # noqa: F401, PLC0415 - optional
         except ImportError as error:
             raise MissingDependencyError.of("tensorboardX", "tensorboard", "TensorBoardLogger") from error
+        self._config: dict[str, Any] = {}
         self._writer: SummaryWriter | None = None
 
     def log_hyperparameters(self, config: dict[str, Any]) -> None:
-        """Writes the configuration as a text."""
-        text = json.dumps(config, indent=2)
-        self._open().add_text("config", f"```json\n{text}\n```", self.context.global_step)
+        """Keeps the configuration until the file is opened: only then is the step known that a run continues from."""
+        self._config = config
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Writes one scalar for each metric."""
-        writer = self._open()
+        writer = self._writer or self._open(self.context.global_step)
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
 
-    def _open(self) -> SummaryWriter:
-        if self._writer is None:
-            from tensorboardX import SummaryWriter  # noqa: PLC0415
+    def _open(self, step: int) -> SummaryWriter:
+        from tensorboardX import SummaryWriter  # noqa: PLC0415
 
-            step = self.context.global_step
-            self._writer = SummaryWriter(
-                str(self.context.folder / "tensorboard"),
-                purge_step=step + 1 if step else None,
-                flush_secs=10,
-                # Files are named after the second; a run that dies and continues within it would lose the first.
-                filename_suffix=f".{time.time_ns()}",
-            )
+        self._writer = SummaryWriter(
+            str(self.context.folder / "tensorboard"),
+            purge_step=step + 1 if step else None,
+            flush_secs=10,
+            # Files are named after the second; a run that dies and continues within it would lose the first.
+            filename_suffix=f".{time.time_ns()}",
+        )
+        self._writer.add_text("config", f"```json\n{json.dumps(self._config, indent=2)}\n```", step)
         return self._writer
 
     def teardown(self) -> None:
