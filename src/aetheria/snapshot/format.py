@@ -113,13 +113,14 @@ class Manifest:
             raise SnapshotDamagedError(f"{folder} is not a snapshot: it has no {MANIFEST}.") from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise SnapshotDamagedError(f"{path} is damaged: it does not read as a manifest ({error}).") from error
+        # The seal comes first, in every format there will be: a flipped bit must not pass for a newer format.
+        if hashlib.sha256(_dump(content)).hexdigest() != seal or _dump(content | {"seal": seal}) != raw:
+            raise SnapshotDamagedError(f"{path} is damaged: its content does not match its seal.")
         if isinstance(found_format, int) and found_format > FORMAT:
             raise SnapshotVersionError(
                 f"{folder} is in snapshot format {found_format}; this version of Aetheria reads up to {FORMAT}. "
                 "Upgrade Aetheria to read it."
             )
-        if hashlib.sha256(_dump(content)).hexdigest() != seal or _dump(content | {"seal": seal}) != raw:
-            raise SnapshotDamagedError(f"{path} is damaged: its content does not match its seal.")
         return cls(**content)
 
 
