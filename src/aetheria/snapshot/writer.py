@@ -236,16 +236,24 @@ def _write_weights(path: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 class _HashingFile:
-    """A file that hashes what goes through it, so that it need not be read again."""
+    """A file that hashes what goes through it, so that it need not be read again.
+
+    It also keeps what the disk said: torch, closing its archive, covers that with an error of its own.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.sha256 = hashlib.sha256()
         self.bytes = 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.sha256.update(data)
-        written = self._file.write(data)
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.bytes += written
         return written
 
@@ -256,6 +264,9 @@ class _HashingFile:
 def _write_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     with path.open("wb") as file:
         hashing = _HashingFile(file)
-        torch.save(state, hashing)  # type: ignore[arg-type]  # it asks for no more than write and flush
+        try:
+            torch.save(state, hashing)  # type: ignore[arg-type]  # it asks for no more than write and flush
+        except RuntimeError as error:
+            raise hashing.error or error from None
         _fsync(file)
     return {"bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest()}
