@@ -68,6 +68,16 @@ lint: $(VENV)/.test ## style, types and floors
 chaos: $(VENV)/.test ## kills runs at random instants; KILLS=1000 for a longer look
 	AETHERIA_CHAOS_KILLS=$(KILLS) $(BIN)/python -m pytest tests/chaos -s
 
+bench: ## measures the engine beside others, in a virtual environment of its own: benchmarks/results
+	@$(MAKE) --no-print-directory VENV=$(VENV)-bench $(VENV)-bench/.bench
+	@for script in $$(grep -l '^def main' benchmarks/*.py); do \
+		echo "$$script"; $(VENV)-bench/bin/python -m benchmarks.$$(basename $$script .py) || exit 1; \
+	done
+
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml benchmarks/requirements.txt
+	@$(INSTALL) -e . -r benchmarks/requirements.txt
+	@touch $@
+
 docs: $(VENV)/.test ## writes the reference of the configuration anew, and checks every link
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python -m pytest tests/unit/test_documents.py tests/integration/test_readme.py

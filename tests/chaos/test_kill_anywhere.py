@@ -6,6 +6,7 @@ kills: the environment variable AETHERIA_CHAOS_KILLS (`make chaos` sets 120).
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import random
@@ -33,7 +34,8 @@ KILLS = int(os.environ.get("AETHERIA_CHAOS_KILLS", "30"))
 LIVES_WITHOUT_PROGRESS = 25
 STEPS, VALIDATION = 0, 1
 
-torch.optim.SGD([torch.zeros(1)], lr=0.1)  # the first optimiser of a process imports torch's compiler: two seconds a life
+# The first optimiser of a process imports torch's compiler: two seconds that not every life shall spend.
+torch.optim.SGD([torch.zeros(1)], lr=0.1)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 
@@ -119,7 +121,7 @@ def live(runs_dir: Path, shared: mmap.mmap, seed: int) -> int:
         digest = train(runs_dir, shared, seed)
         (runs_dir / "digest").write_text(digest)
         os._exit(0)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - a forked life must not return into pytest
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
@@ -139,10 +141,8 @@ def kill(pid: int) -> None:
     """Kills a life, and afterwards the workers that it leaves behind."""
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def newest_step(runs_dir: Path) -> int:

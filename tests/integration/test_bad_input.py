@@ -117,7 +117,7 @@ def test_a_monitored_metric_that_never_appears(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=r"'val_los'.*'val_loss'"):
             train(tmp_path / str(number), val=points(), **options)
-    with pytest.raises(ConfigError, match="'val_loss'.*never validated"):
+    with pytest.raises(ConfigError, match=r"'val_loss'.*never validated"):
         train(tmp_path / "unvalidated", snapshots={"keep_best": {"metric": "val_loss"}})
 
 
@@ -128,7 +128,7 @@ def test_a_plateau_that_monitors_nothing_there_is(tmp_path: Path) -> None:
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
             return OptimizerPlan(optimizer, [Schedule(plateau, monitor="val_loss")])
 
-    with pytest.raises(ConfigError, match="monitors 'val_loss'.*'loss'"):
+    with pytest.raises(ConfigError, match=r"monitors 'val_loss'.*'loss'"):
         train(tmp_path, Plateau())
 
 
@@ -242,5 +242,5 @@ def test_resuming_from_a_newer_format(tmp_path: Path) -> None:
 def test_an_orchestrator_runs_once(tmp_path: Path) -> None:
     orchestrator = Orchestrator(Line(), LoaderDataModule(points()), TrainingConfig(epochs=1, runs_dir=tmp_path))
     result = orchestrator.run()
-    with pytest.raises(Exception, match="has run already.*resume_from"):
+    with pytest.raises(Exception, match=r"has run already.*resume_from"):
         orchestrator.run(result.folder)

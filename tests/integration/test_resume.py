@@ -163,7 +163,7 @@ def test_stopped_anywhere_and_continued(case: str, tmp_path: Path) -> None:
     for stop in stops:
         part, _ = train(tmp_path / "parts", kind, schedule, max_steps=stop, **options)
         assert part.global_step == stop
-        rest, orchestrator = train(tmp_path / "parts", kind, schedule, part.folder, **options)
+        rest, _ = train(tmp_path / "parts", kind, schedule, part.folder, **options)
         assert rest.folder == part.folder
         assert rest.digest == whole.digest, f"stopped at step {stop}"
         assert rest.history == whole.history, f"stopped at step {stop}"
