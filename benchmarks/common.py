@@ -160,7 +160,7 @@ def _section(content: dict[str, Any]) -> list[str]:
         *lines,
         "",
         f"`{content['command']}`, {content['date']}; {machine['cores']} cores of {machine['processor']}, "
-        f"{machine['memory_gb']} GB, {machine['system']}, {machine['threads']} thread(s), load {machine['load_average']}"
+        f"{machine['memory_gb']} GB, {machine['system']}, {machine['threads']} threads, load {machine['load_average']}"
         " at the end; " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".",
     ]
 

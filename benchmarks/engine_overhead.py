@@ -42,7 +42,7 @@ def measure(name: str, pairs: int) -> list[list[Turn]]:
 
 
 def in_fresh_process(name: str, pairs: int) -> NDArray[np.float64] | None:
-    """Returns microseconds a step, [pairs, (by hand, contestant), (wall, processor)]; None where it is not installed."""
+    """Returns microseconds a step, [pairs, (by hand, contestant), (wall, processor)]; None if it is not installed."""
     command = [sys.executable, "-m", "benchmarks.engine_overhead", "--measure", name, "--pairs", str(pairs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:

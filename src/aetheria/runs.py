@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,7 +29,10 @@ from aetheria.errors import RunFolderError, did_you_mean
 __all__ = ["RunFolder", "find_runs", "fsync_directory", "resolve_run", "write_atomically"]
 
 FORMAT = 1
-_held: set[Path] = set()  # POSIX locks do not exclude the process that holds them; this set does
+# POSIX locks do not exclude the process that holds them, and closing any descriptor of the file gives them up; this
+# set, of the devices and numbers of lock files, says which ones this process must leave alone.
+_held: set[tuple[int, int]] = set()
+os.register_at_fork(after_in_child=_held.clear)  # a child holds nothing
 
 
 def fsync_directory(path: Path) -> None:
@@ -55,8 +59,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def now() -> str:
-    """Returns the time in UTC, ISO 8601, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    """Returns the time in UTC, ISO 8601, to the millisecond: runs are put in order by it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 class RunFolder:
@@ -84,14 +88,17 @@ class RunFolder:
         """
         prefix = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-        path = runs_dir.absolute() / f"{prefix}-{stamp}-{secrets.token_hex(2)}"
+        path: Path | None = None
         try:
-            path.mkdir(parents=True)
+            path = _make_folder(runs_dir.absolute(), f"{prefix}-{stamp}")
             (path / "snapshots").mkdir()
             folder = cls(path)
-            folder._write({"format": FORMAT, "run_id": path.name, "name": name, "created": now()} | fields)
-            folder.update(status="created", status_detail="", global_step=0, **describe_process())
+            identity = {"format": FORMAT, "run_id": path.name, "name": name, "created": now()}
+            state = {"status": "created", "status_detail": "", "global_step": 0}
+            folder._write(identity | fields | state | describe_process())
         except OSError as error:
+            if path is not None:
+                shutil.rmtree(path, ignore_errors=True)
             raise RunFolderError(
                 f"cannot make a run folder in {runs_dir.absolute()}: {error.strerror or error}. "
                 "Choose a folder you may write to: runs_dir in the config, or --set runs_dir=PATH."
@@ -132,10 +139,12 @@ class RunFolder:
             raise RunFolderError(f"{self.path} is not a run folder: it has no run.json.") from None
         except (OSError, ValueError) as error:
             raise RunFolderError(f"cannot read {file}: {error}") from error
-        if not isinstance(content, dict) or content.get("format", 0) > FORMAT:
+        if not isinstance(content, dict) or not isinstance(found := content.get("format", 0), int):
+            raise RunFolderError(f"cannot read {file}: it is not what Aetheria writes there. Restore it from a copy.")
+        if found > FORMAT:
             raise RunFolderError(
-                f"{file} is in format {content.get('format') if isinstance(content, dict) else '?'}; this version of "
-                f"Aetheria reads format {FORMAT}. Open it with a newer version."
+                f"{file} is in format {found}; this version of Aetheria reads format {FORMAT}. Open it with a newer "
+                "version."
             )
         return content
 
@@ -166,48 +175,61 @@ class RunFolder:
         Raises:
             RunFolderError: another process trains in it, or the folder cannot be written.
         """
-        if self.path.resolve() in _held:
+        if self._lock_file() in _held:
             raise RunFolderError(f"{self.path} is in use by this very process. Wait for that run to end.")
         try:
             descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise RunFolderError(f"cannot write in {self.path}: {error.strerror}. A run needs its folder.") from error
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            taken = _take(descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            raise RunFolderError(
+                f"cannot lock {self.path}: {error.strerror}. Choose a runs_dir on a file system that has locks."
+            ) from error
+        if not taken:
             os.close(descriptor)
             process = self.read()
             raise RunFolderError(
                 f"{self.path} is in use: process {process.get('pid')} on {process.get('host')} trains in it. "
                 "Stop that one first, or start a new run."
-            ) from None
+            )
         self._lock = descriptor
-        _held.add(self.path.resolve())
+        _held.add(_file_of(os.fstat(descriptor)))
+        for leftover in self.path.glob(".run.json.*.tmp"):  # of a life that was killed while it wrote
+            leftover.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Gives the folder back. Does nothing where it was not taken."""
         if self._lock is not None:
+            _held.discard(_file_of(os.fstat(self._lock)))
             os.close(self._lock)
             self._lock = None
-            _held.discard(self.path.resolve())
 
     def in_use(self) -> bool:
-        """Returns whether a living process trains in this folder."""
-        if self.path.resolve() in _held:
+        """Returns whether a living process trains in this folder. Whoever asks is in nobody's way."""
+        if self._lock_file() in _held:
             return True
         try:
-            descriptor = os.open(self.path / ".lock", os.O_RDWR)
+            descriptor = os.open(self.path / ".lock", os.O_RDONLY)
         except FileNotFoundError:
             return False
-        except OSError:  # a folder we may only read: the process is all there is to ask
+        except OSError:  # a file we may not even read: the process is all there is to ask
             return self._process_lives()
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             return True
         finally:
             os.close(descriptor)
         return False
+
+    def _lock_file(self) -> tuple[int, int] | None:
+        try:
+            return _file_of((self.path / ".lock").stat())
+        except OSError:
+            return None
 
     def _process_lives(self) -> bool:
         content = self.read()
@@ -225,6 +247,41 @@ class RunFolder:
         """Returns `run.json`'s status; "killed" where it says running and nobody is."""
         status = str(self.read().get("status", "unknown"))
         return "killed" if status in ("created", "running") and not self.in_use() else status
+
+
+def _make_folder(runs_dir: Path, prefix: str) -> Path:
+    """Makes a folder of a new name. Of many runs started in the same second, two may draw the same four digits."""
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = runs_dir / f"{prefix}-{secrets.token_hex(2)}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+
+
+def _file_of(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _take(descriptor: int) -> bool:
+    """Locks a file for this process alone; returns False if another one has done so.
+
+    Who merely looks whether a run lives shares the lock for an instant, and does not count: where it can be shared,
+    nobody trains, and it is asked for again.
+    """
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                return False
+            fcntl.lockf(descriptor, fcntl.LOCK_UN)
+        else:
+            return True
 
 
 def describe_process() -> dict[str, Any]:
@@ -251,16 +308,25 @@ def versions() -> dict[str, str]:
 
 
 def describe_git(directory: Path) -> dict[str, str | None] | None:
-    """Returns the commit, and the sha256 of what differs from it (None when nothing does); None outside git."""
+    """Returns the commit, and the sha256 of what differs from it (None when nothing does); None outside git.
+
+    Of files that git does not know, only the names count. No other program is run, whatever git is told to show
+    differences with.
+    """
 
     def git(*arguments: str) -> bytes:
         return subprocess.run(
-            ["git", "-C", str(directory), *arguments], capture_output=True, check=True, timeout=10
+            ["git", "-C", str(directory), *arguments],
+            capture_output=True,
+            check=True,
+            timeout=10,
         ).stdout
 
     try:
         commit = git("rev-parse", "HEAD").decode().strip()
-        changes = git("diff", "--binary", "HEAD") + git("ls-files", "--others", "--exclude-standard")
+        changes = git("diff", "--no-ext-diff", "--no-textconv", "--binary", "HEAD") + git(
+            "ls-files", "--others", "--exclude-standard"
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit, "changes": hashlib.sha256(changes).hexdigest() if changes else None}

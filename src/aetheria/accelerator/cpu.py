@@ -23,7 +23,10 @@ class CPUAccelerator(DeviceAccelerator):
 
     def process_batch(self, batch: Any) -> Any:
         # The common batches are here already; only unusual ones are worth a walk.
-        parts = batch if type(batch) in (list, tuple) else (batch,)
-        if all(type(part) is Tensor and part.device.type == "cpu" for part in parts):
-            return batch
-        return recursive_to_device(batch, self._device)
+        for part in batch if type(batch) in (list, tuple) else (batch,):
+            if type(part) is not Tensor or not part.is_cpu:
+                return recursive_to_device(batch, self._device)
+        return batch
+
+    def _grouped(self, gradients: list[Tensor]) -> list[list[Tensor]]:
+        return [gradients]  # here the kernel goes through them one by one, whatever their types

@@ -80,9 +80,15 @@ class DeviceAccelerator(Accelerator):
     def check_finite(self, gradients: list[Tensor], norm: Tensor | None = None) -> Tensor:
         # GradScaler's own kernel, with a scale of one: one call for all gradients instead of several for each.
         found = self._found.zero_()
-        for group in [[norm]] if norm is not None else _by_dtype(gradients):
+        for group in self._grouped(gradients) if norm is None else [[norm]]:
             torch._amp_foreach_non_finite_check_and_unscale_(group, found, self._one)
         return found
+
+    def _grouped(self, gradients: list[Tensor]) -> list[list[Tensor]]:
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for gradient in gradients:
+            groups.setdefault(gradient.dtype, []).append(gradient)
+        return list(groups.values())
 
     def step(self, optimizer: Optimizer, nonfinite: Tensor) -> bool | LateAnswer:
         taken = self._step(optimizer, nonfinite)
@@ -103,13 +109,3 @@ class DeviceAccelerator(Accelerator):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._scaler is not None and "scaler" in state:
             self._scaler.load_state_dict(state["scaler"])
-
-
-def _by_dtype(gradients: list[Tensor]) -> list[list[Tensor]]:
-    dtype = gradients[0].dtype
-    if all(gradient.dtype is dtype for gradient in gradients):
-        return [gradients]
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for gradient in gradients:
-        groups.setdefault(gradient.dtype, []).append(gradient)
-    return list(groups.values())

@@ -155,6 +155,9 @@ def batch_size_of(batch: Any) -> int:
     Raises:
         DataError: there is none.
     """
+    first = batch[0] if type(batch) in (list, tuple) and batch else batch
+    if type(first) is torch.Tensor and first.ndim:  # nearly every batch there is, without a walk
+        return len(first)
     stack, scalars = [batch], False
     while stack:
         item = stack.pop()

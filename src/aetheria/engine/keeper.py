@@ -8,7 +8,15 @@ from pathlib import Path
 
 from aetheria.config import SnapshotsConfig
 from aetheria.errors import ConfigError, SnapshotDamagedError, SnapshotVersionError, did_you_mean
-from aetheria.snapshot import KeepBest, Manifest, SnapshotContent, SnapshotWriter, list_snapshots, superfluous
+from aetheria.snapshot import (
+    KeepBest,
+    Manifest,
+    Snapshot,
+    SnapshotContent,
+    SnapshotWriter,
+    list_snapshots,
+    superfluous,
+)
 from aetheria.snapshot.format import folder_name
 from aetheria.snapshot.writer import remove_snapshot
 
@@ -129,8 +137,9 @@ class SnapshotKeeper:
         """Ends the writing thread."""
         self._writer.close()
 
-    def _committed(self, _path: Path) -> None:
-        for manifest in superfluous(self._manifests(), self.config.keep_last, self.rules):
+    def _committed(self, path: Path) -> None:
+        written = Snapshot(path).manifest.step
+        for manifest in superfluous(self._manifests(), self.config.keep_last, self.rules, written):
             remove_snapshot(self.folder / folder_name(manifest.step))
         self._notify()
 

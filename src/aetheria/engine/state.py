@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from aetheria.core import Accelerator, AetherModel
@@ -157,13 +158,16 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor], extra: Mappin
         SnapshotMismatchError: names, shapes or dtypes differ; the message shows the first of each.
     """
     own, own_extra = model_tensors(model)
+    wanted, saved = {**own, **own_extra}, {**tensors, **extra}
     problems = []
-    if missing := [name for name in own if name not in tensors]:
+    if missing := [name for name in wanted if name not in saved]:
         problems.append(f"it lacks {_some(missing)}")
-    if unexpected := [name for name in tensors if name not in own]:
+    if unexpected := [name for name in saved if name not in wanted]:
         problems.append(f"it has {_some(unexpected)}, which the model does not")
     for name, ours in own.items():
         theirs = tensors.get(name, ours)
+        if is_lazy(ours):  # becomes whatever it is given
+            continue
         if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
             problems.append(
                 f"{name} is {list(theirs.shape)} {theirs.dtype} there and {list(ours.shape)} {ours.dtype} here"
@@ -173,8 +177,7 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor], extra: Mappin
             f"the snapshot is of another model: {'; '.join(problems[:4])}. "
             "Use the model, and the parameters, that it was trained with."
         )
-    saved = {**tensors, **{name: extra[name] for name in own_extra if name in extra}}
-    model.load_state_dict({name: saved[clean_name(name)] for name in model.state_dict() if clean_name(name) in saved})
+    model.load_state_dict({name: saved[clean_name(name)] for name in model.state_dict()})
 
 
 def _some(names: list[str]) -> str:

@@ -162,9 +162,12 @@ class WindowRunner:
         window.metrics.append((values, weight.detach() if isinstance(weight, Tensor) else weight))
 
     def _gradients(self) -> list[Tensor]:
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         # A sparse gradient is its values: whatever is not stored in it is zero, and stays zero.
-        return [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+        return [
+            gradient._values() if gradient.is_sparse else gradient
+            for parameter in self._parameters
+            if (gradient := parameter.grad) is not None
+        ]
 
     def step(self, window: Window) -> None:
         """Guards, clips and takes the step; `window.taken` says whether. A window that is dropped changes nothing."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ __all__ = [
 
 FORMAT = 1
 MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+REPLACED = ".replaced-"  # before the name of a snapshot while another one of the same step takes its place
 
 
 def folder_name(step: int) -> str:
@@ -125,12 +127,14 @@ class Manifest:
 
 
 def _dump(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
+    return text.encode("utf-8", "surrogatepass") + b"\n"  # a path need not be text
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Returns the bytes of a tensor in host memory, in the order of its elements."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    plain_bits = tensor.detach().resolve_conj().resolve_neg()  # such views are made of other bytes than they stand for
+    return plain_bits.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -145,14 +149,16 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns a model's weights and buffers by clean names, and whatever else its `state_dict` holds (extra state)."""
+    """Returns a model's dense weights and buffers by clean names, and whatever else its `state_dict` holds.
+
+    The rest is extra state, which may be a tensor too, of a shape that changes, and sparse buffers.
+    """
     tensors: dict[str, Tensor] = {}
     extra: dict[str, Any] = {}
     for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            tensors[clean_name(name)] = value
-        else:
-            extra[clean_name(name)] = value
+        is_extra_state = name.rpartition(".")[2] == "_extra_state"
+        dense = isinstance(value, Tensor) and value.layout is torch.strided
+        (tensors if dense and not is_extra_state else extra)[clean_name(name)] = value
     return tensors, extra
 
 
@@ -173,7 +179,8 @@ def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def plain(value: Any, where: str) -> Any:
     """Returns a copy of a nested state in plain containers, which `torch.load(..., weights_only=True)` accepts.
 
-    Dictionaries, lists and tuples of any kind become the plain ones; NumPy scalars become numbers. Tensors are not
+    Dictionaries, lists and tuples of any kind become the plain ones (but a `Counter` stays one: schedulers hold them);
+    NumPy scalars, enumerations and other subclasses of numbers and strings become what they stand for. Tensors are not
     copied.
 
     Args:
@@ -183,29 +190,55 @@ def plain(value: Any, where: str) -> Any:
     Raises:
         SnapshotError: something in it is neither a container, a tensor nor a plain value; the message says where.
     """
-    if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, torch.dtype | torch.device):
+    try:
+        return _plain(value, where)
+    except RecursionError:
+        raise SnapshotError(f"{where} is nested without an end: something in it holds itself.") from None
+
+
+_SCALARS: dict[type, Callable[[Any], Any]] = {
+    bool: bool,
+    int: int.__int__,
+    float: float.__float__,
+    str: str.__str__,
+    bytes: bytes.__bytes__,
+}
+
+
+def _plain(value: Any, where: str) -> Any:
+    if value is None or type(value) in _SCALARS or isinstance(value, torch.dtype | torch.device):
         return value
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, Mapping):
-        return {_plain_key(key, where): plain(item, f"{where}.{key}") for key, item in value.items()}
+        items = {_plain_key(key, where): _plain(item, f"{where}.{key}") for key, item in value.items()}
+        return Counter(items) if type(value) is Counter else items
     if isinstance(value, list):
-        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, tuple):
-        return tuple(plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+        return tuple(_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
     if isinstance(value, set | frozenset):
-        return {plain(item, where) for item in value}
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, bool | int | float | str):  # a subclass: an enum, say
-        return next(kind for kind in (bool, int, float, str) if isinstance(value, kind))(value)
+        return {_plain(item, where) for item in value}
+    if (scalar := _plain_scalar(value)) is not None:
+        return scalar
     raise SnapshotError(
         f"{where} holds a {type(value).__module__}.{type(value).__qualname__}, which a snapshot cannot store. "
         "Use numbers, strings, lists, dictionaries and tensors."
     )
 
 
+def _plain_scalar(value: Any) -> Any:
+    """Returns the number, string or bytes that a subclass of these, or of NumPy's, stands for; None for the rest."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    kind = next((kind for kind in _SCALARS if isinstance(value, kind)), None)
+    return None if kind is None else _SCALARS[kind](value)
+
+
 def _plain_key(key: Any, where: str) -> Any:
-    if isinstance(key, str | int | float | bool) or key is None:
-        return key
-    raise SnapshotError(f"{where} has the key {key!r} of type {type(key).__name__}; use strings or numbers as keys.")
+    plain_key = _plain_scalar(key)
+    if plain_key is None and key is not None:
+        raise SnapshotError(
+            f"{where} has the key {key!r} of type {type(key).__name__}; use strings or numbers as keys."
+        )
+    return plain_key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from aetheria.errors import SnapshotDamagedError
-from aetheria.snapshot.format import MANIFEST, MODEL, STATE, Manifest, rank_file, weights_digest
+from aetheria.snapshot.format import MANIFEST, MODEL, REPLACED, STATE, Manifest, rank_file, weights_digest
 
 __all__ = ["Snapshot", "list_snapshots", "newest_good"]
+
+_NAME = re.compile(rf"({re.escape(REPLACED)})?step-(?P<step>\d{{8,}})")
 
 
 class Snapshot:
@@ -80,19 +83,24 @@ class Snapshot:
         return weights_digest(self.weights())
 
     def _load(self, name: str) -> dict[str, Any]:
-        content: dict[str, Any] = torch.load(self.path / name, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([bytes]):  # what empty bytes are made with
+            content: dict[str, Any] = torch.load(self.path / name, map_location="cpu", weights_only=True)
         return content
 
 
 def list_snapshots(folder: Path) -> list[Snapshot]:
-    """Returns the snapshots of a folder, the oldest first, unchecked. A folder without a manifest is not one."""
+    """Returns the snapshots of a folder, by their steps, unchecked.
+
+    They are the folders named after a step that have a manifest: neither something half-written nor a copy that
+    somebody put aside under another name.
+    """
     if not folder.is_dir():
         return []
-    return [
-        Snapshot(path)
-        for path in sorted(folder.iterdir())
-        if not path.name.startswith(".") and (path / MANIFEST).is_file()
-    ]
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):  # one that is being replaced comes first, and counts while there is no other
+        if (name := _NAME.fullmatch(path.name)) and (path / MANIFEST).is_file():
+            found[int(name["step"])] = path
+    return [Snapshot(found[step]) for step in sorted(found)]
 
 
 def newest_good(folder: Path, report: Callable[[str], None]) -> Snapshot | None:
@@ -105,11 +113,13 @@ def newest_good(folder: Path, report: Callable[[str], None]) -> Snapshot | None:
     Raises:
         SnapshotVersionError: the newest is in a newer format: older ones are not taken in its stead.
     """
-    for snapshot in reversed(list_snapshots(folder)):
+    snapshots = list_snapshots(folder)
+    while snapshots:
+        snapshot = snapshots.pop()
         try:
             snapshot.verify()
         except SnapshotDamagedError as error:
-            report(f"{error} The snapshot before it is used.")
+            report(f"{error} The snapshot before it is used." if snapshots else str(error))
         else:
             return snapshot
     return None

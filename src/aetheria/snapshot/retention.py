@@ -44,16 +44,23 @@ class KeepBest:
         return value < worst if self.mode == "min" else value > worst
 
 
-def superfluous(manifests: Sequence[Manifest], keep_last: int, keep_best: Sequence[KeepBest]) -> list[Manifest]:
+def superfluous(
+    manifests: Sequence[Manifest], keep_last: int, keep_best: Sequence[KeepBest], written: int
+) -> list[Manifest]:
     """Returns the snapshots that no rule keeps.
+
+    Those of later steps than the one just written are damaged: otherwise the run would have gone on from them. They
+    do not count, and they go, unless they are pinned.
 
     Args:
         manifests: of all snapshots of a run.
         keep_last: how many of the newest stay; at least two always do.
         keep_best: further rules. Pinned ones stay in any case.
+        written: the step of the snapshot that was written last.
     """
-    newest = sorted(manifests, key=lambda manifest: manifest.step)[-max(keep_last, 2) :]
-    kept = {manifest.step for manifest in newest} | {manifest.step for manifest in manifests if manifest.pinned}
+    reached = sorted((manifest for manifest in manifests if manifest.step <= written), key=lambda each: each.step)
+    kept = {manifest.step for manifest in reached[-max(keep_last, 2) :]}
+    kept |= {manifest.step for manifest in manifests if manifest.pinned}
     for rule in keep_best:
-        kept |= {manifest.step for manifest in rule.best(manifests)}
+        kept |= {manifest.step for manifest in rule.best(reached)}
     return [manifest for manifest in manifests if manifest.step not in kept]

@@ -25,6 +25,7 @@ from aetheria.runs import fsync_directory
 from aetheria.snapshot.format import (
     MANIFEST,
     MODEL,
+    REPLACED,
     STATE,
     Manifest,
     find_tied,
@@ -37,6 +38,7 @@ from aetheria.snapshot.format import (
 __all__ = ["SnapshotContent", "SnapshotWriter"]
 
 WRITING, REMOVING = ".writing-", ".removing-"
+_Place = tuple[Any, ...]  # the way to a tensor through nested containers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,38 +62,36 @@ class _Staging:
     """Host memory that snapshots are copied into; kept from one to the next, because fresh pages are slow."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-        self._used: set[str] = set()
+        self._buffers: dict[_Place, Tensor] = {}
+        self._used: set[_Place] = set()
 
     def copy(self, content: SnapshotContent, synchronize: Callable[[], None]) -> SnapshotContent:
         self._used = set()
         tied = find_tied(content.weights)
-        weights = {
-            name: self._copied(tensor, f"weights/{name}")
-            for name, tensor in content.weights.items()
-            if name not in tied
-        }
+        weights = {name: tensor for name, tensor in content.weights.items() if name not in tied}
         staged = SnapshotContent(
-            dataclasses.replace(content.manifest, tied=tied),
-            weights,
-            self._tree(plain(content.state, "state"), "state"),
-            self._tree(plain(content.rank_state, "rank"), "rank"),
+            dataclasses.replace(content.manifest, tied=tied, metrics=dict(content.manifest.metrics)),
+            self._tree(weights, ("weights",)),
+            self._tree(plain(content.state, "state"), ("state",)),
+            self._tree(plain(content.rank_state, "rank"), ("rank",)),
         )
         synchronize()
-        for name in self._buffers.keys() - self._used:
-            del self._buffers[name]
+        for place in self._buffers.keys() - self._used:
+            del self._buffers[place]
         return staged
 
-    def _tree(self, value: Any, place: str) -> Any:
+    def _tree(self, value: Any, place: _Place) -> Any:
         if isinstance(value, Tensor):
             return self._copied(value, place)
         if isinstance(value, dict):
-            return {key: self._tree(item, f"{place}/{key}") for key, item in value.items()}
+            return type(value)({key: self._tree(item, (*place, key)) for key, item in value.items()})
         if isinstance(value, list | tuple):
-            return type(value)(self._tree(item, f"{place}/{index}") for index, item in enumerate(value))
+            return type(value)(self._tree(item, (*place, index)) for index, item in enumerate(value))
         return value
 
-    def _copied(self, tensor: Tensor, place: str) -> Tensor:
+    def _copied(self, tensor: Tensor, place: _Place) -> Tensor:
+        if tensor.layout is not torch.strided:  # sparse: of another size each time
+            return tensor.detach().to("cpu", copy=True)
         buffer = self._buffers.get(place)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
@@ -162,8 +162,11 @@ class SnapshotWriter:
 
     def clean(self) -> None:
         """Removes what interrupted writes and removals left behind. Only for who holds the run folder."""
+        self.folder.mkdir(exist_ok=True)
         for path in self.folder.iterdir():
-            if path.name.startswith((WRITING, REMOVING)):
+            if path.name.startswith(REPLACED) and not (final := self.folder / path.name[len(REPLACED) :]).exists():
+                path.rename(final)
+            elif path.name.startswith((WRITING, REMOVING, REPLACED)):
                 shutil.rmtree(path)
 
     def _write(self, content: SnapshotContent) -> Path:
@@ -185,14 +188,17 @@ class SnapshotWriter:
                 _fsync(file)
             fsync_directory(temporary)
             self._before_commit()
-            if final.exists():  # of a life before this one, and not good enough to have been resumed from
-                remove_snapshot(final)
-            temporary.rename(final)
-            fsync_directory(self.folder)
+            _put_in_place(temporary, final)
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise SnapshotError(self._explain(final, content, error)) from error
-        self._committed(final)
+        try:
+            self._committed(final)
+        except OSError as error:
+            raise SnapshotError(
+                f"the snapshot {final} is written, but an older one could not be removed: {error}. Put that right, and "
+                "continue the run."
+            ) from error
         return final
 
     def _explain(self, final: Path, content: SnapshotContent, error: Exception) -> str:
@@ -207,11 +213,30 @@ class SnapshotWriter:
         )
 
 
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Gives a finished snapshot its name. One of the same step, if there is one, goes when the new one is durable."""
+    replaced = final.with_name(f"{REPLACED}{final.name}")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
+    fsync_directory(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)  # what cannot be removed now is by the next life
+
+
 def remove_snapshot(path: Path) -> None:
     """Removes a snapshot in one instant: renamed first, so that a half-removed one is never taken for whole."""
     doomed = path.with_name(f"{REMOVING}{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
+    try:
+        path.rename(doomed)
+    except FileNotFoundError:
+        return  # somebody was quicker
     shutil.rmtree(doomed)
 
 

@@ -279,11 +279,11 @@ def test_a_folder_that_cannot_be_written_says_so_and_keeps_what_is_there(tmp_pat
 
 def test_retention() -> None:
     manifests = [manifest_of(step, metrics={"loss": abs(step - 3.0)}, pinned=step == 1) for step in range(1, 9)]
-    gone = [manifest.step for manifest in superfluous(manifests, 2, [KeepBest("loss", "min", 2)])]
+    gone = [manifest.step for manifest in superfluous(manifests, 2, [KeepBest("loss", "min", 2)], 8)]
     assert gone == [4, 5, 6]
-    gone = [manifest.step for manifest in superfluous(manifests, 1, [KeepBest("loss", "max", 1)])]
+    gone = [manifest.step for manifest in superfluous(manifests, 1, [KeepBest("loss", "max", 1)], 8)]
     assert gone == [2, 3, 4, 5, 6], "two stay whatever is asked for"
-    assert superfluous(manifests, 99, []) == []
+    assert superfluous(manifests, 99, [], 8) == []
 
 
 def test_what_is_among_the_best() -> None:
