@@ -24,7 +24,7 @@ from aetheria.loom import recorder
 from aetheria.plugins.callbacks.progress_bar import ProgressBar
 from benchmarks.pairs import IterableLane, Lane, SequenceLane
 
-__all__ = ["CONTESTANTS", "FEATURES", "lane_of"]
+__all__ = ["CONTESTANTS", "FEATURES", "lane_of", "train_with_aetheria"]
 
 FEATURES, HIDDEN = 10, 64
 
@@ -97,22 +97,29 @@ def _pace_recorder(lane: Lane) -> None:
     recorder._INTERVAL *= 2
 
 
+def train_with_aetheria(model: AetherModel, batches: Lane, progress_bar: bool) -> None:
+    """Trains until the lane ends, as every run does: with `run.db`, and metrics logged every 10 steps.
+
+    Args:
+        model: what is trained.
+        batches: its data.
+        progress_bar: whether to draw the bars as on a terminal.
+    """
+    _pace_recorder(batches)
+    with tempfile.TemporaryDirectory() as folder:
+        # The lane stands for a list; read as lists are, without seeding the generators for each of its batches.
+        config = TrainingConfig(max_steps=len(batches), runs_dir=folder, accelerator="cpu", sample_seeding=False)
+        Orchestrator(model, batches, config, callbacks=[_PacedProgressBar(batches)] if progress_bar else []).run()
+
+
 def aetheria_bare(batches: Lane) -> None:
-    """No callbacks, no loggers, but `run.db`, which every run writes."""
-    _train_ours(batches, [])
+    """No callbacks and no loggers; `run.db` is written by every run."""
+    train_with_aetheria(_Model(), batches, progress_bar=False)
 
 
 def aetheria_logging(batches: Lane) -> None:
-    """With `run.db` and the progress bar on a terminal; `log_every` is 10, as by default."""
-    _train_ours(batches, [_PacedProgressBar(batches)])
-
-
-def _train_ours(batches: Lane, callbacks: list[Any]) -> None:
-    _pace_recorder(batches)
-    with tempfile.TemporaryDirectory() as folder:
-        # The lane is a list to us, but it cannot be a `list`; without seeding for each batch both are read alike.
-        config = TrainingConfig(max_steps=len(batches), runs_dir=folder, accelerator="cpu", sample_seeding=False)
-        Orchestrator(_Model(), batches, config, callbacks=callbacks).run()
+    """With the progress bar on a terminal."""
+    train_with_aetheria(_Model(), batches, progress_bar=True)
 
 
 # --- the peers -------------------------------------------------------------------------------------------------------
