@@ -1,6 +1,7 @@
 """What the engine costs where a step takes as long as steps do: a small language model on real text.
 
-TinyGPT (4 layers, width 128, 16 x 128 bytes, AdamW, one thread) is trained by the hand-written loop and by Aetheria, with
+TinyGPT (4 layers, width 128, 16 x 128 bytes, AdamW, one thread) is trained by the hand-written loop and by Aetheria,
+with
 `run.db`, metrics every 10 steps and the progress bar, taking turns of a single step in one process (`pairs.py`). The
 differences are given as a share of the hand-written step.
 
@@ -60,7 +61,7 @@ def main() -> None:
     hand.start(by_hand)
     ours.start(lambda lane: train_with_aetheria(model(), lane, progress_bar=True))
     taken = np.array(alternate(hand, ours, pairs, WARM_UP)) * 1e3  # [pairs, (by hand, ours), (wall, processor)], ms
-    step, processor_step = np.median(taken[:, 0], axis=0)
+    step, _processor_step = np.median(taken[:, 0], axis=0)
     difference, processor_difference = (taken[:, 1] - taken[:, 0]).T
     note = f"by hand {step:.1f} ms a step"
     report(
