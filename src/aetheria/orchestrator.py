@@ -24,7 +24,7 @@ from aetheria.engine.evaluation import evaluate
 from aetheria.engine.hooks import Hooks
 from aetheria.engine.keeper import SnapshotKeeper
 from aetheria.engine.loop_state import LoopState
-from aetheria.engine.metrics import MetricMeans
+from aetheria.engine.metrics import ArrivingMetrics, MetricMeans
 from aetheria.engine.opening import open_run
 from aetheria.engine.reporting import Reporter
 from aetheria.engine.schedules import Schedules, as_plan
@@ -271,8 +271,8 @@ class Orchestrator(RunContext):
 
     def _epoch_means(self, prefix: str = "") -> dict[str, float]:
         self._reporter.deliver(wait=True)
-        names, values = self._means.since_epoch()
-        return {prefix + name: value for name, value in zip(names, self.accelerator.read(values).values(), strict=True)}
+        means = ArrivingMetrics(self.accelerator, self._means.since_epoch()).values()
+        return {prefix + name: value for name, value in means.items()}
 
     def _epoch_metrics(self) -> dict[str, float]:
         return self._epoch_means() | {
@@ -287,7 +287,7 @@ class Orchestrator(RunContext):
         config, step = self.config, self.global_step
         if step % config.log_every == 0 and self.state.logged_at != step:
             self.state.logged_at = step
-            self._reporter.log(step, *self._means.since_reading(), self._schedules.learning_rates())
+            self._reporter.log(step, self._means.since_reading() | self._schedules.learning_rates())
         if config.val_every_steps is not None and step % config.val_every_steps == 0:
             self._validate()
         if (path := self._keeper.finished()) is not None:

@@ -17,6 +17,7 @@ __all__ = ["DeviceAccelerator", "Precision"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_engine: Any = getattr(torch.autograd.Variable, "_execution_engine", None)  # private, though old: may go one day
 
 
 class DeviceAccelerator(Accelerator):
@@ -71,7 +72,14 @@ class DeviceAccelerator(Accelerator):
         return self._autocast
 
     def backward(self, loss: Tensor) -> None:
-        (loss if self._scaler is None else self._scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        if self._scaler is not None:
+            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        elif _engine is not None and _is_plain(loss, self._one):
+            # Straight to autograd's engine: `loss.backward()` spends as long again as everything that this framework
+            # adds to a step on finding out that the loss is a scalar, and on making this one (docs/decisions/0008).
+            _engine.run_backward((loss,), (self._one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def unscale(self, optimizer: Optimizer) -> None:
         if self._scaler is not None:
@@ -109,3 +117,7 @@ class DeviceAccelerator(Accelerator):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._scaler is not None and "scaler" in state:
             self._scaler.load_state_dict(state["scaler"])
+
+
+def _is_plain(loss: Any, one: Tensor) -> bool:
+    return type(loss) is Tensor and not loss.ndim and loss.dtype is one.dtype and loss.device == one.device

@@ -14,7 +14,7 @@ from aetheria.data.cursor import Cursor
 from aetheria.data.order import mix
 from aetheria.data.randomness import isolated_generators
 from aetheria.data.sources import BatchSource
-from aetheria.engine.metrics import NOT_METRICS, MetricMeans
+from aetheria.engine.metrics import NOT_METRICS, ArrivingMetrics, MetricMeans
 from aetheria.errors import DataError, ModelError
 
 __all__ = ["evaluate", "evaluating"]
@@ -83,8 +83,7 @@ def evaluate(
                 count += 1
             if not count:
                 raise DataError("the validation loader is empty: it gave no batch. Return None if there is no data.")
-            names, values_tensor = means.since_epoch()
-            return dict(zip(names, accelerator.read(values_tensor).values(), strict=True))
+            return ArrivingMetrics(accelerator, means.since_epoch()).values()
     finally:
         if device_generator is not None:
             accelerator.set_generator_state(device_generator)

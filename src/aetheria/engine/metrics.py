@@ -12,7 +12,7 @@ from torch import Tensor
 from aetheria.core import Accelerator
 from aetheria.errors import ModelError
 
-__all__ = ["NOT_METRICS", "MetricMeans"]
+__all__ = ["NOT_METRICS", "ArrivingMetrics", "MetricMeans"]
 
 NOT_METRICS = frozenset({"weight", "sample_loss"})
 _FOLD_AFTER = 256  # rows held back at most, however rarely anybody reads
@@ -21,19 +21,19 @@ _FOLD_AFTER = 256  # rows held back at most, however rarely anybody reads
 class MetricMeans:
     """The weighted means of metrics, since the last reading and since the epoch began.
 
-    Adding only appends. The arithmetic is done once for many steps, in float64 where the device has it.
+    Adding only appends. The arithmetic is done once for many steps: on the device in as much precision as it has,
+    without waiting for it; or with Python's own numbers where the metrics lie in host memory, because there a dozen
+    tensor operations cost more than the step's whole bookkeeping.
 
     Args:
         accelerator: knows the device that the metrics are on, and how to reach it.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._device = accelerator.device
-        self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        self._arithmetic = _OnHost() if accelerator.device.type == "cpu" else _OnDevice(accelerator)
         self._rows: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
-        self._since_reading = _Sums()
-        self._since_epoch = _Sums()
+        self._since_reading: _Sums = {}
+        self._since_epoch: _Sums = {}
 
     def add(self, values: dict[str, Any], weight: float | Tensor) -> None:
         """Adds one micro-batch.
@@ -59,68 +59,135 @@ class MetricMeans:
             if not rows:
                 continue
             weights, *columns = zip(*rows, strict=True)
-            weight = self._column(weights)
             try:
-                values = torch.stack([self._column(column) for column in columns])
+                self._arithmetic.add(names, weights, columns, (self._since_reading, self._since_epoch))
             except (RuntimeError, TypeError, ValueError):
                 for row in rows:
                     check_metrics(dict(zip(names, row[1:], strict=True)))
                 raise
-            # A weight of zero means nothing was measured: whatever stands there, NaN included, must not count.
-            sums = torch.where(weight > 0, values * weight, torch.zeros_like(values)).sum(1)
-            total = weight.sum()
-            for kept in (self._since_reading, self._since_epoch):
-                kept.add(names, sums, total)
             rows.clear()
+
+    def since_reading(self) -> dict[str, float | Tensor]:
+        """Returns the means since the last call, scalar tensors where they are on a device, and begins anew."""
+        self._fold()
+        sums, self._since_reading = self._since_reading, {}
+        return self._arithmetic.means(sums)
+
+    def since_epoch(self) -> dict[str, float | Tensor]:
+        """Returns the means since `new_epoch`, scalar tensors where they are on a device."""
+        self._fold()
+        return self._arithmetic.means(self._since_epoch)
+
+    def new_epoch(self) -> None:
+        """Begins the epoch's means anew."""
+        self._fold()
+        self._since_epoch = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the sums, so that an interval or an epoch cut in two has the mean of the whole."""
+        self._fold()
+        return {"reading": dict(self._since_reading), "epoch": dict(self._since_epoch)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` returned, on this device or another."""
+        number = self._arithmetic.number
+        self._since_reading, self._since_epoch = (
+            {name: (number(total), number(weight)) for name, (total, weight) in state[kept].items()}
+            for kept in ("reading", "epoch")
+        )
+
+
+_Sums = dict[str, tuple[Any, Any]]  # of value * weight, and of the weights: floats, or scalar tensors on a device
+
+
+class _OnHost:
+    """Python's own numbers, added one by one: the sums do not depend on how often they are looked at."""
+
+    number = float
+
+    def add(
+        self, names: tuple[str, ...], weights: tuple[Any, ...], columns: list[tuple[Any, ...]], to: tuple[_Sums, _Sums]
+    ) -> None:
+        # A weight of zero means nothing was measured: whatever stands there, NaN included, must not count.
+        counted = [float(weight) for weight in weights]
+        numbers = [[float(value) for value in column] for column in columns]
+        for sums in to:
+            for name, column in zip(names, numbers, strict=True):
+                total, total_weight = sums.get(name, (0.0, 0.0))
+                for value, weight in zip(column, counted, strict=True):
+                    if weight > 0:
+                        total += value * weight
+                        total_weight += weight
+                sums[name] = total, total_weight
+
+    def means(self, sums: _Sums) -> dict[str, float | Tensor]:
+        return {name: total / weight if weight else float("nan") for name, (total, weight) in sums.items()}
+
+
+class _OnDevice:
+    """A few operations for all metrics together, in float64 where the device has it."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._device = accelerator.device
+        self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
+
+    def number(self, value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=self._dtype, device=self._device)
+
+    def add(
+        self, names: tuple[str, ...], weights: tuple[Any, ...], columns: list[tuple[Any, ...]], to: tuple[_Sums, _Sums]
+    ) -> None:
+        weight = self._column(weights)
+        values = torch.stack([self._column(column) for column in columns])
+        added = torch.where(weight > 0, values * weight, torch.zeros_like(values)).sum(1)
+        total = weight.sum()
+        for sums in to:
+            for name, value in zip(names, added.unbind(), strict=True):
+                before = sums.get(name)
+                sums[name] = (value, total) if before is None else (before[0] + value, before[1] + total)
 
     def _column(self, values: tuple[Any, ...]) -> Tensor:
         if isinstance(values[0], Tensor):
             return torch.stack([value.reshape(()) for value in values]).to(self._device, self._dtype)
         return self._accelerator.send(torch.tensor([float(value) for value in values], dtype=self._dtype))
 
-    def since_reading(self) -> tuple[list[str], Tensor]:
-        """Returns names and means (one-dimensional, on the device) since the last call, and begins anew."""
-        self._fold()
-        means, self._since_reading = self._since_reading.means(self._device), _Sums()
-        return means
-
-    def since_epoch(self) -> tuple[list[str], Tensor]:
-        """Returns names and means (one-dimensional, on the device) since `new_epoch`."""
-        self._fold()
-        return self._since_epoch.means(self._device)
-
-    def new_epoch(self) -> None:
-        """Begins the epoch's means anew."""
-        self._fold()
-        self._since_epoch = _Sums()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the sums, so that an interval or an epoch cut in two has the mean of the whole."""
-        self._fold()
-        return {"reading": self._since_reading.sums, "epoch": self._since_epoch.sums}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` returned."""
-        for kept, saved in ((self._since_reading, state["reading"]), (self._since_epoch, state["epoch"])):
-            kept.sums = {
-                name: (value.to(self._device), weight.to(self._device)) for name, (value, weight) in saved.items()
-            }
+    def means(self, sums: _Sums) -> dict[str, float | Tensor]:
+        if not sums:
+            return {}
+        values, weights = zip(*sums.values(), strict=True)
+        return dict(zip(sums, (torch.stack(values) / torch.stack(weights)).unbind(), strict=True))
 
 
-class _Sums:
-    def __init__(self) -> None:
-        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+class ArrivingMetrics:
+    """Metrics on their way to the host. Those on a device come in one transfer; the others are here already.
 
-    def add(self, names: tuple[str, ...], sums: Tensor, weight: Tensor) -> None:
-        for name, value in zip(names, sums.unbind(), strict=True):
-            before = self.sums.get(name)
-            self.sums[name] = (value, weight) if before is None else (before[0] + value, before[1] + weight)
+    Args:
+        accelerator: knows how to read without waiting.
+        metrics: numbers, or scalar tensors.
+    """
 
-    def means(self, device: torch.device) -> tuple[list[str], Tensor]:
-        if not self.sums:
-            return [], torch.empty(0, device=device)
-        values, weights = zip(*self.sums.values(), strict=True)
-        return list(self.sums), torch.stack(values) / torch.stack(weights)
+    def __init__(self, accelerator: Accelerator, metrics: Mapping[str, float | Tensor]) -> None:
+        self._numbers: dict[str, float] = {}
+        on_device: dict[str, Tensor] = {}
+        for name, value in metrics.items():
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                on_device[name] = value.detach().reshape(())
+                self._numbers[name] = float("nan")  # keeps its place
+            else:
+                self._numbers[name] = float(value)
+        self._names = list(on_device)
+        self._reading = accelerator.read(torch.stack(list(on_device.values()))) if on_device else None
+
+    def ready(self) -> bool:
+        """Returns whether `values` would come without waiting."""
+        return self._reading is None or self._reading.ready()
+
+    def values(self) -> dict[str, float]:
+        """Returns the numbers by name, waiting for them if it must."""
+        if self._reading is not None:
+            self._numbers.update(zip(self._names, self._reading.values(), strict=True))
+        return self._numbers
 
 
 def check_metrics(values: Mapping[str, Any]) -> None:

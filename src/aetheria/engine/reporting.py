@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from aetheria.core import Accelerator, Reading, RunEvent
+from aetheria.core import Accelerator, RunEvent
 from aetheria.engine.hooks import Hooks
+from aetheria.engine.metrics import ArrivingMetrics
 from aetheria.loom.recorder import Recorder
 
 __all__ = ["Reporter"]
@@ -29,41 +29,28 @@ class Reporter:
         self._hooks = hooks
         self._recorder = recorder
         self._added: dict[str, float | Tensor] = {}
-        self._arriving: deque[tuple[int, list[str], Reading, dict[str, float]]] = deque()
+        self._arriving: deque[tuple[int, ArrivingMetrics]] = deque()
 
     def add(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Adds values to whatever is logged next."""
         self._added.update(metrics)
 
-    def log(self, step: int, names: list[str], values: Tensor, numbers: Mapping[str, float | Tensor]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
         """Logs the metrics of a step: now if they are on the host, else when they have arrived.
 
         Args:
             step: the step they belong to.
-            names: of the values.
-            values: one-dimensional, on the device.
-            numbers: further metrics, on the host or scalar tensors.
+            metrics: numbers, or scalar tensors.
         """
-        ready: dict[str, float] = {}
-        on_device: list[Tensor] = []
-        for name, value in (*numbers.items(), *self._added.items()):
-            if isinstance(value, Tensor):
-                names = [*names, name]
-                on_device.append(value.detach().reshape(1).to(values))
-            else:
-                ready[name] = float(value)
+        self._arriving.append((step, ArrivingMetrics(self._accelerator, {**metrics, **self._added})))
         self._added = {}
-        if on_device:
-            values = torch.cat([values, *on_device])
-        self._arriving.append((step, names, self._accelerator.read(values), ready))
         self.deliver()
 
     def deliver(self, wait: bool = False) -> None:
         """Hands on the metrics that have arrived, in their order; all of them if `wait`."""
-        while self._arriving and (wait or self._arriving[0][2].ready()):
-            step, names, reading, ready = self._arriving.popleft()
-            metrics = dict(zip(names, reading.values(), strict=True)) | ready
-            if metrics:
+        while self._arriving and (wait or self._arriving[0][1].ready()):
+            step, arriving = self._arriving.popleft()
+            if metrics := arriving.values():
                 self.publish(metrics, step)
 
     def publish(self, metrics: dict[str, float], step: int) -> None:

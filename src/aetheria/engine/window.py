@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -27,20 +28,17 @@ class Window:
 
     Attributes:
         batches: what was fetched, on the device.
+        samples: how many samples are in it.
         metrics: of each micro-batch that was computed: its values and its weight.
         norm: total norm of the gradients before clipping, where it was needed.
         taken: whether the optimiser step was taken; a device may answer late.
     """
 
     batches: list[MicroBatch]
+    samples: int
     metrics: list[tuple[dict[str, Any], float | Tensor]] = field(default_factory=list)
     norm: Tensor | None = None
     taken: bool | LateAnswer = False
-
-    @property
-    def samples(self) -> int:
-        """The number of samples in it."""
-        return sum(batch.size for batch in self.batches)
 
     def merged_metrics(self) -> dict[str, Any]:
         """Returns the metrics over the whole window: weighted means of what its micro-batches have in common."""
@@ -58,8 +56,11 @@ class Window:
 
 def windows(batches: Iterator[MicroBatch], size: int) -> Generator[Window]:
     """Groups micro-batches into windows; the last one of an epoch may be short, and nothing is carried over."""
+    if size == 1:
+        for batch in batches:
+            yield Window([batch], batch.size)
     while group := list(islice(batches, size)):
-        yield Window(group)
+        yield Window(group, sum(batch.size for batch in group))
 
 
 class WindowRunner:
@@ -96,7 +97,7 @@ class WindowRunner:
         self._training_step = training_step
         self._before_step = hooks.wanted("on_before_step")
         self._buffers = BufferGuard(model)
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._own_zero_grad = getattr(optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad
 
     def backward(self, window: Window) -> None:
         """Accumulates the gradients of a window's loss."""
@@ -138,8 +139,12 @@ class WindowRunner:
         return weight
 
     def _forward(self, batch: MicroBatch) -> dict[str, Tensor]:
-        with self._accelerator.forward_context():
+        context = self._accelerator.forward_context()
+        if type(context) is nullcontext:
             outputs = self._training_step(batch.data)
+        else:
+            with context:
+                outputs = self._training_step(batch.data)
         if not isinstance(outputs, dict) or "loss" not in outputs:
             raise ModelError(_without_loss(outputs))
         return outputs
@@ -165,7 +170,8 @@ class WindowRunner:
         # A sparse gradient is its values: whatever is not stored in it is zero, and stays zero.
         return [
             gradient._values() if gradient.is_sparse else gradient
-            for parameter in self._parameters
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
             if (gradient := parameter.grad) is not None
         ]
 
@@ -192,7 +198,13 @@ class WindowRunner:
 
     def zero(self) -> None:
         """Lets the gradients go."""
-        self._optimizer.zero_grad()
+        if self._own_zero_grad:
+            self._optimizer.zero_grad()
+            return
+        # The same without the profiler's record of it, which costs more than the rest of what this loop adds to a step.
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def _precise(loss: Tensor) -> torch.dtype:

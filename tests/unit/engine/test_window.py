@@ -47,7 +47,7 @@ def runner_of(model: AetherModel, *callbacks: Callback, **options: Any) -> Windo
 
 def window_of(data: tuple[Tensor, ...], sizes: list[int]) -> Window:
     parts = zip(*(column.split(sizes) for column in data), strict=True)
-    return Window([MicroBatch(part, len(part[0])) for part in parts])
+    return Window([MicroBatch(part, len(part[0])) for part in parts], sum(sizes))
 
 
 def gradients(model: AetherModel) -> list[Tensor]:
@@ -106,7 +106,7 @@ def test_a_poisoned_window_leaves_no_trace(options: dict[str, float], poison: fl
     runner = runner_of(model, **options)
 
     def step(batch: Tensor) -> bool | object:
-        window = Window([MicroBatch(batch, len(batch))])
+        window = Window([MicroBatch(batch, len(batch))], len(batch))
         runner.backward(window)
         runner.step(window)
         runner.zero()
@@ -192,9 +192,63 @@ def test_sparse_gradients_are_guarded_and_clipped() -> None:
 
     model = Sparse()
     runner = runner_of(model, max_grad_norm=1.0)
-    window = Window([MicroBatch(torch.tensor([1, 3]), 2)])
+    window = Window([MicroBatch(torch.tensor([1, 3]), 2)], 2)
     before = model.table.weight.detach().clone()
     runner.backward(window)
     runner.step(window)
     moved = (model.table.weight.detach() - before).norm()
     assert float(moved) == pytest.approx(0.1, rel=1e-4)
+
+
+class _Watched(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("of", ["plain", "one element", "double", "half", "subclass", "parameter"])
+def test_the_short_way_to_the_gradient_and_the_long_one_agree(of: str) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(()) if of == "parameter" else torch.randn(3, 2))
+    loss = weight if of == "parameter" else weight.square().mean()
+    if of == "one element":
+        loss = loss.reshape(1)
+    elif of in ("double", "half"):
+        loss = loss.to(torch.float64 if of == "double" else torch.bfloat16)
+    elif of == "subclass":
+        loss = loss.as_subclass(_Watched)  # type: ignore[arg-type]
+    (expected,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    for times in (1, 2):
+        CPUAccelerator().backward(loss) if times == 2 else loss.backward(retain_graph=True)
+        assert weight.grad is not None
+        torch.testing.assert_close(weight.grad, times * expected)
+
+
+def test_an_optimisers_own_zero_grad_is_used() -> None:
+    class Own(torch.optim.SGD):
+        zeroed = 0
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.zeroed += 1
+            super().zero_grad(set_to_none)
+
+    model = Regression()
+    optimizer = Own(model.parameters(), lr=0.1)
+    runner = WindowRunner(model, optimizer, CPUAccelerator(), Hooks([], lambda *_: None), model.training_step)
+    runner.zero()
+    assert optimizer.zeroed == 1
+    optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]  # as some wrappers do
+    assert WindowRunner(
+        model, optimizer, CPUAccelerator(), Hooks([], lambda *_: None), model.training_step
+    )._own_zero_grad
+
+
+def test_parameters_that_come_later_are_guarded_and_zeroed_too() -> None:
+    model, late = Regression(), nn.Parameter(torch.zeros(()))
+    runner = runner_of(model)
+    runner._optimizer.add_param_group({"params": [late]})
+    late.grad = torch.tensor(float("nan"))
+    window = window_of((torch.randn(2, 4, 3).double(), torch.randn(2, 4).double(), torch.ones(2, 4).double()), [2])
+    runner.backward(window)
+    runner.step(window)
+    runner.zero()
+    assert window.taken is False
+    assert late.grad is None
