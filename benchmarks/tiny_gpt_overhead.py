@@ -1,9 +1,8 @@
 """What the engine costs where a step takes as long as steps do: a small language model on real text.
 
-TinyGPT (4 layers, width 128, 16 x 128 bytes, AdamW, one thread) is trained by the hand-written loop and by Aetheria,
-with
-`run.db`, metrics every 10 steps and the progress bar, taking turns of a single step in one process (`pairs.py`). The
-differences are given as a share of the hand-written step.
+TinyGPT (4 layers, width 128, 16 x 128 bytes, AdamW, one thread) is trained by the loop written by hand and by Aetheria
+with `run.db`, metrics every 10 steps and the progress bar, in turns of a single step (`pairs.py`). The differences are
+given as a share of the step by hand.
 
     python -m benchmarks.tiny_gpt_overhead [--short]
 """
