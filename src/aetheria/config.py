@@ -236,6 +236,8 @@ class TrainingConfig(_Section):
     """What observes or controls the run."""
     loggers: list[PluginSpec] = []
     """Where the metrics go, besides the run folder."""
+    live: Literal["auto", "on", "off"] = "auto"
+    """Whether the run can be steered: on, off, or auto: if a hub has been started on this machine (aetheria up)."""
     runs_dir: Annotated[Path, Field(strict=False)] = Path("runs")
     """The directory that the run folder is made in."""
     run_name: Annotated[str, AfterValidator(_folder_name)] | None = None

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 
 __all__ = [
     "AetheriaError",
+    "CommandError",
     "ConfigError",
     "DataError",
+    "HubError",
     "MissingDependencyError",
     "ModelError",
     "NonFiniteError",
@@ -30,6 +32,14 @@ class AetheriaError(Exception):
 
 class ConfigError(AetheriaError, ValueError):
     """A configuration that cannot be trained: unknown key, wrong type, impossible combination."""
+
+
+class CommandError(AetheriaError, ValueError):
+    """A command that cannot be understood or accepted: malformed, expired, a knob or a value that is refused."""
+
+
+class HubError(AetheriaError, ConnectionError):
+    """The hub (the Weaver, or the message server behind it) cannot be reached, or refuses to talk."""
 
 
 class RegistryError(AetheriaError, LookupError):

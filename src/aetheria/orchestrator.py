@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
@@ -13,16 +13,21 @@ import torch
 from aetheria.accelerator import create_accelerator
 from aetheria.accelerator.select import deterministic
 from aetheria.config import TrainingConfig
+from aetheria.control.desk import Boundary
+from aetheria.control.journal import Journal
+from aetheria.control.line import Line
 from aetheria.core import Accelerator, AetherDataModule, AetherModel, Callback, RunResult
 from aetheria.data import LoaderDataModule
 from aetheria.data.order import mix
 from aetheria.data.randomness import seed_generators
 from aetheria.engine.assembly import build_callbacks, build_model_and_data, config_of_run, prepare_loaders
-from aetheria.engine.context import RunContext
+from aetheria.engine.commands import CommandedRun
 from aetheria.engine.dropped import DroppedWindows
 from aetheria.engine.evaluation import evaluate
 from aetheria.engine.hooks import Hooks
 from aetheria.engine.keeper import SnapshotKeeper
+from aetheria.engine.knobs import builtin_knobs
+from aetheria.engine.live import open_line
 from aetheria.engine.loop_state import LoopState
 from aetheria.engine.metrics import ArrivingMetrics, MetricMeans
 from aetheria.engine.opening import open_run
@@ -30,9 +35,11 @@ from aetheria.engine.reporting import Reporter
 from aetheria.engine.schedules import Schedules, as_plan
 from aetheria.engine.signals import StopSignals
 from aetheria.engine.state import RunParts
+from aetheria.engine.steering import Steering
 from aetheria.engine.window import Window, WindowRunner, windows
 from aetheria.errors import AetheriaError, DataError, RunFolderError, SnapshotError
 from aetheria.loom.recorder import Recorder
+from aetheria.protocol import AnyCommand
 from aetheria.snapshot import weights_digest
 from aetheria.snapshot.format import model_tensors
 
@@ -41,7 +48,7 @@ __all__ = ["Orchestrator", "continue_run"]
 TRAINING_STREAM = 8  # part of the key of the generators that training draws from
 
 
-class Orchestrator(RunContext):
+class Orchestrator(CommandedRun):
     """Trains a model. It is its callbacks' `TrainingContext`.
 
     Args:
@@ -50,6 +57,8 @@ class Orchestrator(RunContext):
         config: how.
         accelerator: the hardware; by default what the configuration asks for.
         callbacks: besides those that the configuration names.
+        planned: commands and the boundaries at which they take effect: a replay.
+        line: to whoever steers; by default what `live` in the configuration says.
     """
 
     def __init__(
@@ -59,6 +68,8 @@ class Orchestrator(RunContext):
         config: TrainingConfig,
         accelerator: Accelerator | None = None,
         callbacks: Sequence[Callback] = (),
+        planned: Iterable[tuple[Boundary, AnyCommand]] | None = None,
+        line: Line | None = None,
     ) -> None:
         self.model = model
         self.data = data if isinstance(data, AetherDataModule) else LoaderDataModule(data)
@@ -69,9 +80,17 @@ class Orchestrator(RunContext):
         self._status: Literal["completed", "stopped", "interrupted"] = "completed"
         self._unsettled: Window | None = None
         self._next_due = 0
+        self._snapshot_at_end = True
+        self._planned = None if planned is None else list(planned)
+        self._own_line = line
 
     @classmethod
-    def from_config(cls, config: TrainingConfig, callbacks: Sequence[Callback] = ()) -> Orchestrator:
+    def from_config(
+        cls,
+        config: TrainingConfig,
+        callbacks: Sequence[Callback] = (),
+        planned: Iterable[tuple[Boundary, AnyCommand]] | None = None,
+    ) -> Orchestrator:
         """Builds the model and the data module that a configuration names.
 
         Raises:
@@ -80,16 +99,17 @@ class Orchestrator(RunContext):
             PluginError: the `plugins/` folder beside the configuration cannot be imported.
         """
         model, data = build_model_and_data(config)
-        return cls(model, data, config, callbacks=callbacks)
+        return cls(model, data, config, callbacks=callbacks, planned=planned)
 
     # --- a run, from outside ---------------------------------------------------------------------------------------
-    def run(self, resume_from: str | Path | None = None) -> RunResult:
+    def run(self, resume_from: str | Path | None = None, new_run: bool = False) -> RunResult:
         """Trains until the configured end, a request to stop, or a signal.
 
         Args:
             resume_from: a run folder (its newest good snapshot is taken, and the run goes on in that folder), a
                 snapshot (likewise, if it is that one; an older one starts a new run from there), or "latest": the
                 newest run in `runs_dir`.
+            new_run: a snapshot, even the newest one of its run, is where a new run begins.
 
         Raises:
             AetheriaError: what the user can put right: configuration, model, data, snapshot, run folder.
@@ -100,18 +120,19 @@ class Orchestrator(RunContext):
                 "this Orchestrator has run already. Make a new one, and give run() the folder of the run that is to "
                 "be continued: resume_from=result.folder."
             )
-        self._opened = open_run(self.config, self.model, resume_from)
+        self._opened = open_run(self.config, self.model, resume_from, new_run)
         with ExitStack() as self._stack:
             self._stack.callback(self._opened.folder.release)
-            recorder = Recorder(self.folder / "run.db", self._opened.step)
-            self._stack.callback(recorder.close)
             self._hooks = Hooks(self.callbacks, lambda message, trace: self.record("error", message, traceback=trace))
-            self._reporter = Reporter(self.accelerator, self._hooks, recorder)
+            self._line = open_line(self.config, self._opened) if self._own_line is None else self._own_line
+            self._stack.callback(self._line.close)
+            self._reporter = Reporter(self.accelerator, self._hooks, self._recorder_from(self._opened.step), self._line)
+            self._stack.callback(self._reporter.close)
             self._keeper = SnapshotKeeper(
                 self._opened.folder.snapshots,
                 self.config.snapshots,
                 self.accelerator.synchronize,
-                recorder.flush,
+                self._reporter.flush,
                 self._notify,
             )
             self._stack.callback(self._keeper.close)
@@ -145,15 +166,26 @@ class Orchestrator(RunContext):
         for warning in loaders.warnings:
             self.record("warning", warning)
         self._means = MetricMeans(self.accelerator)
-        self._parts = RunParts(self.model, self._schedules, self.accelerator, self._hooks, self._means, self._train)
+        journal = Journal(self.folder / "journal.jsonl")
+        self._stack.callback(journal.close)
+        if journal.repaired:
+            self.record("warning", journal.repaired)
+        self._steering = Steering(self, self.run_id, journal, builtin_knobs(self), self._line, self._note_outcome)
+        self._parts = RunParts(
+            self.model, self._schedules, self.accelerator, self._hooks, self._means, self._train, self._steering
+        )
         if self.accelerator.is_main_process:
             self._hooks.call("log_hyperparameters", config.resolved())
-        restore_generators: Callable[[], None] = lambda: None  # noqa: E731
+        restored = None
         if opened.snapshot is not None:
-            loop, restore_generators, warnings = self._parts.restore(opened.snapshot)
-            self.state = LoopState.from_state(loop)
-            for warning in warnings:
+            restored = self._parts.restore(opened.snapshot, opened.overridden)
+            self.state = LoopState.from_state(restored.loop)
+            for warning in restored.warnings:
                 self.record("warning", warning)
+        if self._planned is None:
+            self._steering.desk.continue_from(restored.position if restored and opened.continues else 0)
+        else:
+            self._steering.desk.plan(self._planned)
         self.model.train()
         self._hooks.call("on_train_start")
         if self._val is None or (config.val_interval is None and config.val_every_steps is None):
@@ -161,18 +193,26 @@ class Orchestrator(RunContext):
         self._training_step, self._validation_step = (
             self._compiled(name) for name in ("training_step", "validation_step")
         )
-        self._runner = WindowRunner(
+        self._runner = self._new_runner()
+        self._dropped = DroppedWindows(config.nonfinite, config.max_skipped_in_a_row, self.record, self.request_stop)
+        self._on_batch_end = self._hooks.wanted("on_batch_end")
+        self._steering.say("running")
+        if restored is not None:
+            restored.restore_generators()
+
+    def _new_runner(self) -> WindowRunner:
+        return WindowRunner(
             self.model,
             self.optimizer,
             self.accelerator,
             self._hooks,
             self._training_step,
-            config.max_grad_norm,
-            config.max_grad_value,
+            self.config.max_grad_norm,
+            self.config.max_grad_value,
         )
-        self._dropped = DroppedWindows(config.nonfinite, config.max_skipped_in_a_row, self.record, self.request_stop)
-        self._on_batch_end = self._hooks.wanted("on_batch_end")
-        restore_generators()
+
+    def _recorder_from(self, step: int) -> Recorder:
+        return Recorder(self.folder / "run.db", step)
 
     def _compiled(self, name: str) -> Any:
         function = self.accelerator.step_function(self.model, name)
@@ -188,6 +228,7 @@ class Orchestrator(RunContext):
             self._run_epoch()
 
     def _run_epoch(self) -> None:
+        steering = self._steering
         if self.state.cursor.windows == 0:
             self._hooks.call("on_epoch_start")
         with closing(self._windows()) as epoch:  # ends its workers, however this is left
@@ -195,11 +236,12 @@ class Orchestrator(RunContext):
                 self._step(window)
                 if (
                     self._pending
+                    or steering.word[0] != steering.seen
                     or self.global_step + (self._unsettled is not None) >= self._next_due
                     or time.monotonic() >= self._deadline
                 ):
-                    self._boundary()
-                    if self._done() and not self._epoch_is_over():
+                    moved = self._boundary()
+                    if moved or (self._done() and not self._epoch_is_over()):
                         return
         self._end_epoch()
 
@@ -213,7 +255,7 @@ class Orchestrator(RunContext):
             batches = self.accelerator.prepare_dataloader(batches, size)
         else:
             batches = Accelerator.prepare_dataloader(self.accelerator, batches)
-        return windows(batches, size)
+        return windows(batches, lambda: self.config.grad_accumulation_steps)
 
     def _step(self, window: Window) -> None:
         self._runner.backward(window)
@@ -280,18 +322,28 @@ class Orchestrator(RunContext):
         }
 
     # --- the boundary ----------------------------------------------------------------------------------------------
-    def _boundary(self) -> None:
-        """Does what is due between two steps. Everything in here is done once for a step, however often it is asked."""
+    def _boundary(self) -> bool:
+        """Does what is due between two steps. Everything in here is done once for a step, however often it is asked.
+
+        Returns:
+            Whether a command has taken the run somewhere else.
+        """
         self._settle()
         self._pending = False
         config, step = self.config, self.global_step
         if step % config.log_every == 0 and self.state.logged_at != step:
             self.state.logged_at = step
             self._reporter.log(step, self._means.since_reading() | self._schedules.learning_rates())
+            self._line.beat(step)
+            self._line.tend()
         if config.val_every_steps is not None and step % config.val_every_steps == 0:
             self._validate()
         if (path := self._keeper.finished()) is not None:
             self._hooks.call("on_snapshot", path)
+        if self._steering.attend():
+            self._next_due = 0
+            return True
+        config = self.config  # a command may have changed it
         # After an epoch's last window the snapshot waits for the validation: then it knows what it is worth.
         if not self._epoch_is_over() and (reason := self._keeper.due(step)) and not self._done():
             self._save(reason)
@@ -300,7 +352,10 @@ class Orchestrator(RunContext):
             for every in (config.log_every, config.val_every_steps, config.snapshots.every_steps, config.max_steps)
             if every is not None
         )
+        if (planned := self._steering.next_step) is not None:
+            self._next_due = min(self._next_due, planned)
         self._deadline = self._keeper.deadline()
+        return False
 
     def _done(self) -> bool:
         if self._signals.received is not None:
@@ -339,7 +394,7 @@ class Orchestrator(RunContext):
         self._reporter.publish(metrics, self.global_step)
         return True
 
-    def _save(self, reason: str) -> None:
+    def _save(self, reason: str, pinned: bool = False) -> None:
         self._keeper.save(
             self._parts.capture(
                 self.state.state_dict(),
@@ -348,6 +403,7 @@ class Orchestrator(RunContext):
                 epoch=self.epoch,
                 reason=reason,
                 metrics=self.state.fresh,
+                pinned=pinned,
             )
         )
 
@@ -368,7 +424,9 @@ class Orchestrator(RunContext):
         if not interrupted:
             self._hooks.call("on_train_end")
         reason = self._describe_end()
-        self._save(reason)
+        self._steering.end()
+        if self._snapshot_at_end:
+            self._save(reason)
         if (path := self._keeper.wait()) is not None:
             self._hooks.call("on_snapshot", path)
         self._reporter.deliver(wait=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,7 @@ class Reader:
 
     def start(self, command: str) -> subprocess.Popen[str]:
         """Starts a command line that begins with `aetheria`."""
-        words = command.partition("#")[0].split()
+        words = shlex.split(command.partition(" #")[0])
         assert words[0] == "aetheria", command
         command_line = [sys.executable, "-m", *words]
         return subprocess.Popen(
@@ -53,6 +55,11 @@ class Reader:
             output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
         return output
+
+    def try_to_type(self, command: str) -> str:
+        """Runs a command that may not work yet, and returns what it wrote."""
+        with self.start(command) as process:
+            return process.communicate(timeout=60)[0]
 
     def type_and_kill(self, command: str) -> None:
         """Runs a command until its first snapshot is there, and no longer."""
@@ -74,7 +81,7 @@ def test_what_the_readme_shows_works(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the README trains on scikit-learn's digits")
     reader = Reader(tmp_path)
     reader.write_files()
-    training, continuing, using, looking = (commands(block) for block in blocks("console"))
+    training, continuing, using, looking, *_ = (commands(block) for block in blocks("console"))
 
     for command in training:
         reader.type(command)
@@ -102,6 +109,43 @@ def test_what_the_readme_shows_works(tmp_path: Path) -> None:
         reader.type(command)
     assert np.load(tmp_path / "logits.npy").shape == (3, 10)
     assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_what_the_readme_shows_of_steering_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn", reason="the README trains on scikit-learn's digits")
+    monkeypatch.setenv("AETHERIA_HOME", str(tmp_path / "home"))
+    reader = Reader(tmp_path)
+    reader.write_files()
+    ((train,), steering, afterwards) = (commands(block) for block in blocks("console")[4:])
+    (script,) = (block for block in blocks("python") if "aetheria.connect()" in block)
+    training = reader.start(train)
+    try:
+        wait_for(lambda: "running" in reader.try_to_type("aetheria status"), training)
+        wait_for(lambda: reader.try_to_type("aetheria ping @last").startswith("alive"), training)
+        outputs = [reader.type(command) for command in steering[:-1]]
+        assert re.match(r"learning_rate \S+ -> 0.0001 at step [\d,]+ \(revision 1\)", outputs[0])
+        assert "max_grad_norm 1 -> null" in outputs[-2]
+        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        reader.type(steering[-1])
+        training.communicate(timeout=60)
+        assert training.returncode == 0
+        journal, replay = (reader.type(command) for command in afterwards)
+        assert "good enough" in journal
+        assert replay.startswith("EQUAL")
+    finally:
+        if training.poll() is None:
+            training.kill()
+            training.communicate()
+        reader.type("aetheria down")
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_the_commands_of_the_first_lines_can_be_made() -> None:

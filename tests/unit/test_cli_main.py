@@ -15,7 +15,11 @@ from aetheria.errors import AetheriaError
 
 COMMANDS = {
     "Train": ["train", "continue"],
-    "Look": ["runs", "show", "plot", "snapshot"],
+    "Steer": [
+        *("up", "down", "status", "watch", "set", "get", "knobs", "pause", "resume", "run-for", "stop", "rewind"),
+        *("validate", "note", "health", "ping", "undo", "mcp"),
+    ],
+    "Look": ["journal", "replay", "runs", "show", "plot", "snapshot"],
     "Use": ["predict", "export"],
     "Set up": ["init", "config", "plugins", "doctor"],
 }

@@ -10,7 +10,22 @@ from typing import Annotated
 import typer
 
 from aetheria import __version__
-from aetheria.cli import config, doctor, export, init, plugins, predict, runs, snapshot, train
+from aetheria.cli import (
+    config,
+    doctor,
+    export,
+    hub,
+    init,
+    journal,
+    mcp,
+    plugins,
+    predict,
+    runs,
+    snapshot,
+    steer,
+    train,
+    watch,
+)
 from aetheria.cli._help import QuickHelp
 
 __all__ = ["app", "main"]
@@ -26,10 +41,30 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-TRAIN, LOOK, USE, SET_UP = "Train", "Look", "Use", "Set up"
+TRAIN, STEER, LOOK, USE, SET_UP = "Train", "Steer", "Look", "Use", "Set up"
 
 app.command("train", rich_help_panel=TRAIN)(train.train)
 app.command("continue", rich_help_panel=TRAIN)(train.continue_)
+app.command("up", rich_help_panel=STEER)(hub.up)
+app.command("down", rich_help_panel=STEER)(hub.down)
+app.command("status", rich_help_panel=STEER)(hub.status)
+app.command("watch", rich_help_panel=STEER)(watch.watch)
+app.command("set", rich_help_panel=STEER)(steer.set_)
+app.command("get", rich_help_panel=STEER)(steer.get)
+app.command("knobs", rich_help_panel=STEER)(steer.knobs)
+app.command("pause", rich_help_panel=STEER)(steer.pause)
+app.command("resume", rich_help_panel=STEER)(steer.resume)
+app.command("run-for", rich_help_panel=STEER)(steer.run_for)
+app.command("stop", rich_help_panel=STEER)(steer.stop)
+app.command("rewind", rich_help_panel=STEER)(steer.rewind)
+app.command("validate", rich_help_panel=STEER)(steer.validate)
+app.command("note", rich_help_panel=STEER)(steer.note)
+app.command("health", rich_help_panel=STEER)(steer.health)
+app.command("ping", rich_help_panel=STEER)(steer.ping)
+app.command("undo", rich_help_panel=STEER)(journal.undo)
+app.command("mcp", rich_help_panel=STEER)(mcp.mcp)
+app.command("journal", rich_help_panel=LOOK)(journal.journal)
+app.command("replay", rich_help_panel=LOOK)(journal.replay)
 app.command("runs", rich_help_panel=LOOK)(runs.runs)
 app.command("show", rich_help_panel=LOOK)(runs.show)
 app.command("plot", rich_help_panel=LOOK)(runs.plot)

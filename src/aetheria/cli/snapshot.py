@@ -11,11 +11,13 @@ import typer
 from aetheria.cli._display import moment, number, text_console
 from aetheria.cli._errors import errors_told
 from aetheria.cli.runs import AsJson, RunArgument, RunsDir
+from aetheria.cli.steer import take_snapshot
 
 if TYPE_CHECKING:
     from aetheria.snapshot import Snapshot
 
-app = typer.Typer(help="List, verify and compare the snapshots of runs.", no_args_is_help=True)
+app = typer.Typer(help="List, verify and compare the snapshots of runs; take one.", no_args_is_help=True)
+app.command("take")(take_snapshot)
 
 Sources = Annotated[
     list[str],

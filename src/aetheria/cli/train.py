@@ -19,6 +19,15 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the configuration; may be repeated."),
 ]
+Live = Annotated[
+    str | None,
+    typer.Option(
+        "--live",
+        metavar="auto|on|off",
+        envvar="AETHERIA_LIVE",
+        help="Whether the run can be steered. auto: by the hub, which is started if this is a terminal.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
@@ -30,18 +39,24 @@ def train(
         str | None,
         typer.Option(metavar="latest|PATH", help="Go on with the newest run, a run folder, or from a snapshot."),
     ] = None,
+    live: Live = None,
     quiet: Quiet = False,
 ) -> None:
     """Train what CONFIG describes. Ctrl-C stops it with a snapshot; a second one stops it at once."""
     from aetheria.config import TrainingConfig
 
-    checked = TrainingConfig.from_yaml(config, overrides or ())  # before torch is imported, which takes seconds
+    # Before torch is imported, which takes seconds.
+    checked = TrainingConfig.from_yaml(config, _with_live(overrides, live))
     _run(checked, resume, quiet)
 
 
 @errors_told()
 def continue_(
-    run: RunArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs"), quiet: Quiet = False
+    run: RunArgument,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    live: Live = None,
+    quiet: Quiet = False,
 ) -> None:
     """Go on with RUN in its folder, from its newest good snapshot, bit for bit as if it had never stopped."""
     from aetheria.runs import resolve_run
@@ -50,10 +65,35 @@ def continue_(
 
     from aetheria.engine.assembly import config_of_run
 
-    _run(config_of_run(path, overrides or ()), path, quiet)
+    _run(config_of_run(path, _with_live(overrides, live)), path, quiet)
+
+
+def _with_live(overrides: list[str] | None, live: str | None) -> list[str]:
+    return [*(overrides or ()), *([] if live is None else [f"live={live}"])]
+
+
+def _find_hub(config: TrainingConfig) -> None:
+    """Starts a hub where the run asks for one: with `live: on`, and with `auto` on a terminal."""
+    import sys
+
+    from aetheria.cli.hub import start_detached
+    from aetheria.client.location import hub_folder, hub_is_running
+    from aetheria.errors import HubError
+
+    if config.live == "off" or hub_is_running(hub_folder()):
+        return
+    if config.live == "on":
+        start_detached(hub_folder())
+    elif sys.stderr.isatty():
+        try:
+            start_detached(hub_folder())
+        except HubError as error:
+            typer.echo(f"This run cannot be steered: {error}", err=True)
 
 
 def _run(config: TrainingConfig, resume_from: str | Path | None, quiet: bool) -> None:
+    _find_hub(config)  # while nothing heavy has been imported yet, so that it starts beside that
+
     from aetheria.orchestrator import Orchestrator
     from aetheria.plugins import ProgressBar
 

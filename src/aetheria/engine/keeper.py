@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from aetheria.config import SnapshotsConfig
-from aetheria.errors import ConfigError, SnapshotDamagedError, SnapshotVersionError, did_you_mean
+from aetheria.errors import (
+    CommandError,
+    ConfigError,
+    SnapshotDamagedError,
+    SnapshotError,
+    SnapshotVersionError,
+    did_you_mean,
+)
+from aetheria.runs import fsync_directory
 from aetheria.snapshot import (
     KeepBest,
     Manifest,
@@ -124,6 +132,37 @@ class SnapshotKeeper:
         self.reason, self._again = "", False
         self._last_time = time.monotonic()
         self.stalled_seconds += self._last_time - begun
+
+    def snapshot_at(self, step: int) -> Snapshot:
+        """Returns the snapshot of a step, checked.
+
+        Raises:
+            CommandError: there is none, or it is damaged; it says which there are.
+        """
+        snapshots = {int(snapshot.path.name.rpartition("-")[2]): snapshot for snapshot in list_snapshots(self.folder)}
+        if step not in snapshots:
+            there = (
+                f"There are: {', '.join(f'{number:,}' for number in snapshots)}." if snapshots else "There is none yet."
+            )
+            raise CommandError(f"there is no snapshot of step {step:,}. {there}")
+        try:
+            snapshots[step].verify()
+        except SnapshotError as error:
+            raise CommandError(f"the snapshot of step {step:,} cannot be used: {error}") from error
+        return snapshots[step]
+
+    def rewound_to(self, step: int, revision: int) -> None:
+        """Puts the snapshots after a step aside, into a folder of their own: they belong to what has been undone."""
+        aside = self.folder / f"undone-by-revision-{revision}"
+        for snapshot in list_snapshots(self.folder):
+            if int(snapshot.path.name.rpartition("-")[2]) > step:
+                aside.mkdir(exist_ok=True)
+                if (aside / snapshot.path.name).exists():  # this rewind was interrupted, and is done again
+                    remove_snapshot(aside / snapshot.path.name)
+                snapshot.path.rename(aside / snapshot.path.name)
+        fsync_directory(self.folder)
+        self.last_step = step
+        self.reason, self._again = "", False
 
     def finished(self) -> Path | None:
         """Returns a snapshot that has become durable since the last call; raises if it could not be written."""

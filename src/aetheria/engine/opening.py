@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,15 @@ class OpenedRun:
         folder: the run folder, locked.
         snapshot: where to begin from, checked; None for the beginning.
         warnings: what was noticed on the way: damaged snapshots, by file.
+        continues: whether the run goes on in its own folder, with its own journal.
+        overridden: the keys of the configuration that are others than in the run's life before.
     """
 
     folder: RunFolder
     snapshot: Snapshot | None = None
     warnings: list[str] = field(default_factory=list)
+    continues: bool = False
+    overridden: frozenset[str] = frozenset()
 
     @property
     def step(self) -> int:
@@ -36,13 +40,16 @@ class OpenedRun:
         return 0 if self.snapshot is None else self.snapshot.manifest.step
 
 
-def open_run(config: TrainingConfig, model: AetherModel, resume_from: str | Path | None) -> OpenedRun:
+def open_run(
+    config: TrainingConfig, model: AetherModel, resume_from: str | Path | None, new_run: bool = False
+) -> OpenedRun:
     """Makes a new run folder, or opens the one that is to be continued, and locks it.
 
     Args:
         config: of the run; written into `run.json` as resolved.
         model: for its name.
         resume_from: see `Orchestrator.run`.
+        new_run: see there.
 
     Raises:
         RunFolderError: the folder cannot be made, found, or taken.
@@ -63,7 +70,7 @@ def open_run(config: TrainingConfig, model: AetherModel, resume_from: str | Path
         raise SnapshotError(f"there is no run and no snapshot at {path.absolute()}. `aetheria runs` lists the runs.")
     snapshot.verify()
     run = path.absolute().parent.parent
-    if (run / "run.json").is_file():
+    if (run / "run.json").is_file() and not new_run:
         newest = newest_good(run / "snapshots", lambda _: None)
         if newest is not None and newest.path.samefile(path):
             return _continue(RunFolder.open(run), config)
@@ -99,7 +106,7 @@ def _continue(folder: RunFolder, config: TrainingConfig) -> OpenedRun:
             raise SnapshotError(f"every snapshot of {folder.path} is damaged:\n" + "\n".join(warnings))
         if snapshot is None:
             warnings.append(f"{folder.run_id} was ended before its first snapshot; it begins again")
-        return _begin_life(folder, config, OpenedRun(folder, snapshot, warnings))
+        return _begin_life(folder, config, OpenedRun(folder, snapshot, warnings, continues=True))
     except BaseException:
         folder.release()
         raise
@@ -108,12 +115,14 @@ def _continue(folder: RunFolder, config: TrainingConfig) -> OpenedRun:
 def _begin_life(folder: RunFolder, config: TrainingConfig, opened: OpenedRun) -> OpenedRun:
     content = folder.read()
     before, resolved = content.get("config", {}), config.resolved()
+    changed = {key: [before.get(key), value] for key, value in resolved.items() if before.get(key) != value}
     life = {
         "started": now(),
         "step": opened.step,
         "snapshot": None if opened.snapshot is None else opened.snapshot.path.name,
-        "changed": {key: [before.get(key), value] for key, value in resolved.items() if before.get(key) != value},
+        "changed": changed,
     }
     process = describe_process()
     folder.update(config=resolved, status_detail="", lives=[*content.get("lives", []), life | process], **process)
-    return opened
+    overridden = frozenset(changed) if opened.continues else frozenset()
+    return replace(opened, overridden=overridden)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from aetheria.control.line import Line
 from aetheria.core import Accelerator, RunEvent
 from aetheria.engine.hooks import Hooks
 from aetheria.engine.metrics import ArrivingMetrics
 from aetheria.loom.recorder import Recorder
+from aetheria.protocol import encode
 
 __all__ = ["Reporter"]
 
@@ -22,9 +24,11 @@ class Reporter:
         accelerator: knows how to read without waiting.
         hooks: the loggers are among them.
         recorder: writes `run.db`; None on every rank but the first.
+        line: to the sidecar.
     """
 
-    def __init__(self, accelerator: Accelerator, hooks: Hooks, recorder: Recorder | None) -> None:
+    def __init__(self, accelerator: Accelerator, hooks: Hooks, recorder: Recorder | None, line: Line) -> None:
+        self._line = line
         self._accelerator = accelerator
         self._hooks = hooks
         self._recorder = recorder
@@ -57,10 +61,36 @@ class Reporter:
         """Hands on metrics that are numbers already."""
         if self._recorder is not None:
             self._recorder.metrics(metrics, step)
+            self._line.metrics(step, metrics)
             self._hooks.call("log_metrics", metrics, step)
+
+    def note(self, step: int, text: str, author: str) -> None:
+        """Hands on a note about a step."""
+        if self._recorder is not None:
+            self._recorder.note(step, text, author)
+
+    def begin_again(self, recorder_from: Callable[[int], Recorder], step: int) -> None:
+        """Goes on from an earlier step: what was recorded after it does not count any more."""
+        self.deliver(wait=True)
+        self._added = {}
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = recorder_from(step)
+
+    def flush(self) -> None:
+        """Waits until what has been handed on is durable."""
+        if self._recorder is not None:
+            self._recorder.flush()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._recorder is not None:
+            self._recorder.close()
 
     def record(self, event: RunEvent) -> None:
         """Hands on an event."""
         if self._recorder is not None:
             self._recorder.event(event.kind, event.step, event.message, dict(event.data))
+            said = {"kind": event.kind, "step": event.step, "message": event.message, "data": event.data}
+            self._line.tell("event", encode(said))
         self._hooks.call("on_event", event)

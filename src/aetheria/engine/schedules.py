@@ -62,6 +62,10 @@ class Schedules:
     """
 
     def __init__(self, plan: OptimizerPlan) -> None:
+        self.follow(plan)
+
+    def follow(self, plan: OptimizerPlan) -> None:
+        """Goes on with another plan."""
         self.plan = plan
         self.per_step = [item.scheduler for item in plan.schedules if item.interval == "step"]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -18,6 +18,7 @@ from aetheria.data.randomness import GeneratorStates
 from aetheria.engine.hooks import Hooks
 from aetheria.engine.metrics import MetricMeans
 from aetheria.engine.schedules import Schedules
+from aetheria.engine.steering import Steering
 from aetheria.errors import SnapshotMismatchError
 from aetheria.registry import Registry
 from aetheria.runs import now, versions
@@ -25,6 +26,22 @@ from aetheria.snapshot import Manifest, Snapshot, SnapshotContent
 from aetheria.snapshot.format import clean_name, model_tensors
 
 __all__ = ["RunParts", "describe_model", "restore_model"]
+
+
+class Restored(NamedTuple):
+    """What a snapshot says to the loop.
+
+    Attributes:
+        loop: the loop's own state.
+        restore_generators: to be called when nothing else will draw from them before the first step.
+        position: of the journal when it was taken.
+        warnings: what could not be put back as it was.
+    """
+
+    loop: dict[str, Any]
+    restore_generators: Callable[[], None]
+    position: int
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -37,9 +54,18 @@ class RunParts:
     hooks: Hooks
     means: MetricMeans
     source: BatchSource
+    steering: Steering
 
     def capture(
-        self, loop: dict[str, Any], *, run_id: str, step: int, epoch: int, reason: str, metrics: dict[str, float]
+        self,
+        loop: dict[str, Any],
+        *,
+        run_id: str,
+        step: int,
+        epoch: int,
+        reason: str,
+        metrics: dict[str, float],
+        pinned: bool = False,
     ) -> SnapshotContent:
         """Returns everything needed to continue from here. The tensors are the live ones.
 
@@ -50,6 +76,7 @@ class RunParts:
             epoch: the epoch it lies in.
             reason: why it is taken.
             metrics: of exactly this step.
+            pinned: whether it is kept for ever.
         """
         weights, extra = model_tensors(self.model)
         manifest = Manifest(
@@ -58,6 +85,7 @@ class RunParts:
             epoch=epoch,
             created=now(),
             reason=reason,
+            pinned=pinned,
             metrics=metrics,
             model=describe_model(self.model),
             optimizer=self.schedules.describe(),
@@ -72,6 +100,7 @@ class RunParts:
             "callbacks": self.hooks.state_dict(),
             "means": self.means.state_dict(),
             "model_extra": extra,
+            "steering": self.steering.state_dict(),
         }
         rank_state = {
             "generators": GeneratorStates.capture().to_plain(),
@@ -80,23 +109,27 @@ class RunParts:
         }
         return SnapshotContent(manifest, weights, state, rank_state)
 
-    def restore(self, snapshot: Snapshot) -> tuple[dict[str, Any], Callable[[], None], list[str]]:
+    def restore(self, snapshot: Snapshot, overridden: Collection[str] = ()) -> Restored:
         """Puts everything back, except the random generators.
 
-        Returns:
-            The loop's state; a function that restores the generators, to be called when nothing else will draw from
-            them before the first step; and warnings.
+        Args:
+            snapshot: of this run, or of one like it.
+            overridden: knobs that keep the value they have, whatever they were when the snapshot was taken.
 
         Raises:
             SnapshotMismatchError: the snapshot is of another model or another optimiser.
         """
         state, rank_state = snapshot.state(), snapshot.rank_state(self.accelerator.rank)
+        steering = state.get("steering", {"position": 0, "knobs": {}})
+        knobs = {key: value for key, value in steering["knobs"].items() if key not in overridden}
+        warnings = self.steering.knobs.restore(knobs, structural=True)
         restore_model(self.model, snapshot.weights(), state["model_extra"])
         _restore_optimizer(self.schedules, snapshot.manifest.optimizer, state)
         self.accelerator.load_state_dict(state["accelerator"])
         self.means.load_state_dict(state["means"])
         self.source.load_state_dict(rank_state["loader"])
-        warnings = [
+        warnings += self.steering.knobs.restore(knobs, structural=False)
+        warnings += [
             f"the snapshot holds the state of a callback {name}, which this run does not have; it is left out"
             for name in self.hooks.load_state_dict(state["callbacks"])
         ]
@@ -111,7 +144,7 @@ class RunParts:
             if isinstance(device := rank_state["device_generator"], Tensor):
                 self.accelerator.set_generator_state(device)
 
-        return state["loop"], restore_generators, warnings
+        return Restored(state["loop"], restore_generators, steering["position"], warnings)
 
 
 def describe_model(model: AetherModel) -> dict[str, Any]:

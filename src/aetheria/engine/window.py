@@ -54,13 +54,19 @@ class Window:
         return np.concatenate(known).tolist() if known else None
 
 
-def windows(batches: Iterator[MicroBatch], size: int) -> Generator[Window]:
-    """Groups micro-batches into windows; the last one of an epoch may be short, and nothing is carried over."""
-    if size == 1:
-        for batch in batches:
-            yield Window([batch], batch.size)
-    while group := list(islice(batches, size)):
-        yield Window(group, sum(batch.size for batch in group))
+def windows(batches: Iterator[MicroBatch], size: Callable[[], int]) -> Generator[Window]:
+    """Groups micro-batches into windows; the last one of an epoch may be short, and nothing is carried over.
+
+    Args:
+        batches: of one epoch.
+        size: is asked before each window how many micro-batches make one.
+    """
+    for first in batches:
+        if (count := size()) == 1:
+            yield Window([first], first.size)
+        else:
+            group = [first, *islice(batches, count - 1)]
+            yield Window(group, sum(batch.size for batch in group))
 
 
 class WindowRunner:

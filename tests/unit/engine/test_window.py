@@ -83,7 +83,7 @@ def test_the_gradient_is_that_of_one_big_batch(sizes: list[int], tokens: bool, d
 
 def test_the_last_window_of_an_epoch_is_short_and_nothing_is_left_over() -> None:
     batches = iter([MicroBatch(number, 2) for number in range(5)])
-    assert [[batch.data for batch in window.batches] for window in windows(batches, 2)] == [[0, 1], [2, 3], [4]]
+    assert [[batch.data for batch in window.batches] for window in windows(batches, lambda: 2)] == [[0, 1], [2, 3], [4]]
 
 
 class WithBatchNorm(AetherModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+from aetheria.control.knobs import controllable
 from aetheria.core import Callback
 from aetheria.errors import ConfigError, did_you_mean
 from aetheria.registry import Registry
@@ -51,6 +52,11 @@ class EarlyStopping(Callback):
         self.patience = patience
         self.best: float | None = None
         self.waited = 0
+
+    @controllable("early_stopping.patience", get="patience", ge=1, unit="looks")
+    def set_patience(self, patience: int) -> None:
+        """How many looks without improvement end the run."""
+        self.patience = patience
 
     def on_validation_end(self, metrics: dict[str, float]) -> None:
         """Looks at a `val_` metric; an interrupted validation, which has no metrics, is passed over."""

@@ -1,0 +1,252 @@
+"""Steering a run: the desk at which its commands arrive, and what each of them does to it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from aetheria.control.desk import Action, Boundary, Desk, Done
+from aetheria.control.journal import Journal
+from aetheria.control.knobs import Knobs
+from aetheria.control.line import Line
+from aetheria.control.pausing import Pausing
+from aetheria.core import AetherModel
+from aetheria.protocol import (
+    AnyCommand,
+    Health,
+    Note,
+    Outcome,
+    Rewind,
+    Set,
+    Snapshot,
+    Stop,
+    Test,
+    Validate,
+    encode,
+)
+from aetheria.snapshot.format import model_tensors
+
+__all__ = ["Steerable", "Steering", "describe", "fingerprint"]
+
+
+class Steerable(Protocol):
+    """What commands do to a run: the Orchestrator."""
+
+    model: AetherModel
+
+    @property
+    def boundary(self) -> Boundary:
+        """Where the run is."""
+        ...
+
+    def request_stop(self, reason: str) -> None: ...
+    def stop_requested(self) -> bool: ...
+    def save_now(self, reason: str, pinned: bool) -> None: ...
+    def rewind_to(self, step: int) -> int:
+        """Goes back to a snapshot; returns the journal position that it remembers."""
+        ...
+
+    def can_rewind_to(self, step: int) -> None:
+        """Raises `CommandError` where it cannot."""
+        ...
+
+    def validate_now(self) -> dict[str, float]: ...
+    def test_now(self) -> dict[str, float]: ...
+    def check_health(self, check: str) -> dict[str, Any]: ...
+    def note(self, text: str, author: str) -> None: ...
+    def leave_no_snapshot(self) -> None: ...
+
+
+class Steering:
+    """Carries out the commands of a run, at its boundaries.
+
+    Args:
+        run: what is steered.
+        run_id: its name.
+        journal: of the run.
+        knobs: of the run.
+        line: to the sidecar.
+        told: is called with every outcome, after it has been sent.
+
+    Attributes:
+        seen: the command word when the commands were last taken; another value means that there are new ones.
+        pausing: whether the run waits.
+    """
+
+    def __init__(
+        self,
+        run: Steerable,
+        run_id: str,
+        journal: Journal,
+        knobs: Knobs,
+        line: Line,
+        told: Callable[[AnyCommand | None, Outcome], None],
+    ) -> None:
+        self.line = line
+        self.word = line.word
+        self.seen = 0
+        self.pausing = Pausing(lambda: run.boundary.step, lambda: run.boundary.epoch)
+        self._run = run
+        self._run_id = run_id
+        self.knobs = knobs
+        self._told = told
+        self._rewound = False
+        self.desk = Desk(run_id, journal, knobs, self._actions(), self._tell, lambda: fingerprint(run.model))
+
+    # --- an earlier life -------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a snapshot must remember: where the journal was, and what had been set."""
+        self.desk.journal.sync()
+        return {"position": self.desk.journal.position, "knobs": self.knobs.touched()}
+
+    def plan(self, commands: Iterable[tuple[Boundary, AnyCommand]]) -> None:
+        """Plans the commands of a replay."""
+        self.desk.plan(commands)
+
+    @property
+    def next_step(self) -> int | None:
+        """The next step at which there is something to do, whoever asks for it; None where there is nothing."""
+        steps = [step for step in (self.desk.next_step, self.pausing.at_step) if step is not None]
+        return min(steps, default=None)
+
+    # --- at a boundary ---------------------------------------------------------------------------------------------
+    def attend(self) -> bool:
+        """Does what is planned for this boundary, then what has arrived; waits here while the run is paused.
+
+        Returns:
+            Whether the run has been taken somewhere else: then this boundary is not the one that it was.
+        """
+        self._rewound = False
+        self.desk.catch_up(self._run.boundary)
+        self._take()
+        if self.pausing.arrive(between_epochs=self._run.boundary.window == 0) and not self._rewound:
+            self._wait()
+        return self._rewound
+
+    def _take(self) -> None:
+        self.seen = self.word[0]
+        for data in self.line.take():
+            self.desk.receive(data, *self._run.boundary)
+
+    def _wait(self) -> None:
+        self.say("paused")
+        self.pausing.wait(self.line, self._take, lambda: self.seen, self._run.stop_requested)
+        self.say("running")
+
+    # --- what is said ----------------------------------------------------------------------------------------------
+    def say(self, status: str) -> None:
+        """Tells how the run is, and all knobs with their values."""
+        self.line.tell("status", encode({"kind": "status", "status": status, "step": self._run.boundary.step}))
+        self.say_knobs()
+
+    def say_knobs(self) -> None:
+        """Tells the knobs as they are."""
+        content = {"schema": self.knobs.schema(), "values": self.knobs.values(), "revision": self.desk.revision}
+        self.line.tell("status", encode({"kind": "knobs", **content}))
+
+    def end(self) -> None:
+        """Refuses what comes from here on, and says that the run has ended."""
+        self.desk.closed = "the run has ended"
+        self._take()
+        self.say("ended")
+
+    def _tell(self, outcome: Outcome) -> None:
+        self.line.tell("ack", encode(outcome))
+        command = self.desk.journal.command(outcome.command)
+        if outcome.state == "applied" and command is not None and command.changes_training:
+            self.say_knobs()
+        self._told(command, outcome)
+
+    # --- what commands do ------------------------------------------------------------------------------------------
+    def _actions(self) -> dict[str, Action]:
+        return {
+            "stop": Action(self._stop),
+            "snapshot": Action(self._snapshot),
+            "rewind": Action(self._rewind, lambda command: self._run.can_rewind_to(command.args.step)),
+            "validate": Action(self._validate),
+            "test": Action(self._test),
+            "note": Action(self._note),
+            "health": Action(self._health),
+            **self.pausing.actions(),
+        }
+
+    def _stop(self, command: Stop) -> None:
+        if not command.args.snapshot:
+            self._run.leave_no_snapshot()
+        by = f" by {command.author}" if command.author else ""
+        self._run.request_stop(f"stopped{by}" + (f": {command.reason}" if command.reason else ""))
+        self.pausing.paused = False
+
+    def _snapshot(self, command: Snapshot) -> Done:
+        self._run.save_now(command.args.name or command.reason or "command", command.args.pinned)
+        return Done("it becomes durable while training goes on")
+
+    def _rewind(self, command: Rewind) -> Done:
+        step = self._run.boundary.step
+        position = self._run.rewind_to(command.args.step)
+        self._rewound = True
+        self.pausing.forget()
+        return Done(f"from step {step} to step {command.args.step}", {"from": step}, position, self._run.boundary)
+
+    def _validate(self, _command: Validate) -> Done:
+        return Done(result=self._run.validate_now())
+
+    def _test(self, _command: Test) -> Done:
+        return Done(result=self._run.test_now())
+
+    def _note(self, command: Note) -> None:
+        self._run.note(command.args.text, command.author)
+
+    def _health(self, command: Health) -> Done:
+        return Done(result=self._run.check_health(command.args.check))
+
+
+def describe(command: AnyCommand, outcome: Outcome) -> str:
+    """Returns one sentence about a command and what came of it."""
+    what = command.op_name
+    if isinstance(command, Set):
+        before, after = outcome.result.get("before", {}), outcome.result.get("after", {})
+        what = ", ".join(
+            f"{key} {before.get(key)} -> {after[key]}" if key in after else f"{key} = {value}"
+            for key, value in command.args.values.items()
+        )
+    by = f" by {command.author}" if command.author else ""
+    why = f" ({command.reason})" if command.reason else ""
+    became = "" if outcome.state == "applied" else f": {outcome.state}, {outcome.message}"
+    return f"{what}{by}{why}{became}"
+
+
+def fingerprint(model: AetherModel) -> str:
+    """Returns a short digest of the weights, taken where they are: one sum over the bits of each, one transfer.
+
+    It tells runs apart that have gone different ways; unlike `weights_digest` it does not resist somebody who wants two
+    models to have the same one.
+    """
+    tensors, _ = model_tensors(model)
+    sums = [_sum_of_bits(tensor) for tensor in tensors.values()]
+    if not sums:
+        return ""
+    together = torch.stack([value.to(sums[0].device) for value in sums]).tolist()
+    content = b"".join(name.encode() + struct.pack("<q", bits) for name, bits in zip(tensors, together, strict=True))
+    return sha256(content).hexdigest()[:16]
+
+
+_COLUMNS = 251
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    bits = flat.view(_INTEGERS[flat.element_size()])
+    # Two numbers that change places must not go unnoticed: each counts by its column.
+    rows = bits.numel() // _COLUMNS
+    columns = bits[: rows * _COLUMNS].view(rows, _COLUMNS).sum(0, dtype=torch.int64)
+    columns[: bits.numel() - rows * _COLUMNS] += bits[rows * _COLUMNS :]
+    return (columns * torch.arange(1, 2 * _COLUMNS, 2, device=bits.device)).sum()

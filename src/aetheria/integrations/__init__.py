@@ -1,0 +1,1 @@
+"""A Weavelet for training code of other frameworks: Lightning, Transformers, Accelerate."""

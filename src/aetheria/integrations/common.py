@@ -1,0 +1,64 @@
+"""What the integrations have in common: the knobs of optimisers, and where checkpoints go."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from aetheria.control.optimizer_knobs import optimizer_knobs
+from aetheria.control.weavelet import Weavelet
+from aetheria.errors import ConfigError
+
+__all__ = ["add_optimizer_knobs", "checkpoint_path", "must_be_one_process"]
+
+
+def add_optimizer_knobs(
+    weavelet: Weavelet, optimizers: Sequence[Any], schedulers_of: Callable[[Any], Sequence[Any]]
+) -> None:
+    """Makes learning rate, weight decay, momentum and betas of optimisers knobs.
+
+    Where there are several optimisers, the names begin with their number: `optimizer_1.learning_rate`.
+
+    Args:
+        weavelet: gets the knobs.
+        optimizers: anything with `param_groups`.
+        schedulers_of: returns the schedulers that move an optimiser's learning rate, as they are now.
+    """
+    for number, optimizer in enumerate(optimizers):
+        # Arguments, not closures over the loop's variables, which would all mean the last optimiser.
+        def itself(optimizer: Any = optimizer) -> Any:
+            return optimizer
+
+        def its_schedulers(optimizer: Any = optimizer) -> Sequence[Any]:
+            return schedulers_of(optimizer)
+
+        for knob in optimizer_knobs(itself, its_schedulers):
+            key = knob.key if len(optimizers) == 1 else f"optimizer_{number}.{knob.key}"
+            weavelet.knobs.add(dataclasses.replace(knob, key=key))
+    if weavelet.started:
+        weavelet.say_knobs()
+
+
+def checkpoint_path(weavelet: Weavelet, suffix: str = "") -> Path:
+    """Returns where a checkpoint of the present step goes, in the run folder; its parent is there.
+
+    Not among Aetheria's own snapshots: a framework's checkpoint is in that framework's format.
+    """
+    folder = weavelet.folder / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    return folder / f"step-{weavelet.global_step:08d}{suffix}"
+
+
+def must_be_one_process(processes: int, framework: str) -> None:
+    """Refuses training by several processes.
+
+    Raises:
+        ConfigError: a command would take effect in one process and not in the others, whose models then differ.
+    """
+    if processes > 1:
+        raise ConfigError(
+            f"{framework} trains in {processes} processes here; a Weavelet steers one. Train in one process, or take "
+            "the Weavelet out: steered by halves, the processes would come to have different models."
+        )

@@ -1,0 +1,140 @@
+"""The commands that a sidecar has got and the training has not answered: nothing lost, nothing overtaken."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+from loguru import logger
+
+from aetheria.errors import CommandError
+from aetheria.loom.region import Region
+from aetheria.protocol import COMMAND_BYTES, decode_command
+
+if TYPE_CHECKING:  # what only a sidecar with a hub loads
+    from aetheria.loom.run_end import Arrival
+
+__all__ = ["Deliveries"]
+
+_ANSWERS = frozenset({"accepted", "rejected", "applied", "failed"})  # the run knows it: it need not come again
+_BUSY = 5.0  # seconds during which an answer is expected soon
+
+
+class _Identified(msgspec.Struct):
+    """Of a command, its id."""
+
+    id: str = ""
+
+
+class _Answer(msgspec.Struct):
+    """Of an outcome, what matters here."""
+
+    command: str = ""
+    state: str = ""
+
+
+@dataclass
+class _Delivery:
+    data: bytes
+    arrival: Arrival | None  # None: its connection has ended, it will come again
+
+
+class Deliveries:
+    """Hands commands to the training process, and acknowledges them once their outcome has been reported."""
+
+    def __init__(self, region: Region) -> None:
+        """Begins with none; what an earlier sidecar left in the slots is announced.
+
+        Args:
+            region: the shared memory.
+        """
+        self._region = region
+        self._open: dict[str, _Delivery] = {}
+        self._waiting: deque[str] = deque()  # those for which there was no slot
+        self._busy_until = 0.0
+        region.announce()
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer may come at any moment."""
+        return time.monotonic() < self._busy_until
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    async def arrived(self, arrival: Arrival) -> None:
+        """Takes a command; one that is with the training already is not given to it again."""
+        if len(arrival.data) > COMMAND_BYTES:
+            logger.error("A command of {} bytes was thrown away: it fits no slot.", len(arrival.data))
+            await arrival.done()
+            return
+        self._busy_until = time.monotonic() + _BUSY
+        identity = _id_of(arrival.data) or arrival.id
+        known = self._open.get(identity)
+        if known is not None:
+            known.arrival = arrival
+            return
+        self._open[identity] = _Delivery(arrival.data, arrival)
+        self._waiting.append(identity)
+        self.fill()
+
+    def fill(self) -> None:
+        """Puts into the slots what waits for one."""
+        while self._waiting:
+            delivery = self._open.get(self._waiting[0])
+            if delivery is not None and not self._region.offer(delivery.data):
+                return
+            self._waiting.popleft()
+
+    async def answered(self, outcome: bytes) -> None:
+        """Acknowledges the command to which this is an outcome, once the outcome has been stored."""
+        try:
+            answer = msgspec.json.decode(outcome, type=_Answer)
+        except msgspec.DecodeError as error:
+            logger.error("An outcome that is none was reported: {}", error)
+            return
+        self._busy_until = time.monotonic() + _BUSY
+        if answer.state not in _ANSWERS:
+            return
+        delivery = self._open.pop(answer.command, None)
+        if delivery is None and not answer.command and answer.state == "rejected":
+            delivery = self._illegible()
+        if delivery is not None and delivery.arrival is not None:
+            await delivery.arrival.done()
+
+    async def keep(self) -> None:
+        """Says that the commands are being dealt with, so that they are not delivered again."""
+        for delivery in list(self._open.values()):
+            if delivery.arrival is not None:
+                await delivery.arrival.working()
+
+    def disconnected(self) -> None:
+        """Forgets what belongs to a connection that has ended: commands without a slot come again, in their order.
+
+        The others are with the training. They come again, too, and are recognised. Acknowledging them through the next
+        connection would be wrong: a server that has lost its store would take that for another command.
+        """
+        for identity in self._waiting:
+            self._open.pop(identity, None)
+        self._waiting.clear()
+        for delivery in self._open.values():
+            delivery.arrival = None
+
+    def _illegible(self) -> _Delivery | None:
+        """Returns the oldest command that nobody can read: the outcome of such a one names none."""
+        for identity, delivery in self._open.items():
+            try:
+                decode_command(delivery.data)
+            except CommandError:
+                return self._open.pop(identity)
+        return None
+
+
+def _id_of(data: bytes) -> str:
+    try:
+        return msgspec.json.decode(data, type=_Identified).id
+    except msgspec.DecodeError:
+        return ""

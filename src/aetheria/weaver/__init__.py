@@ -1,0 +1,1 @@
+"""The hub: runs, commands and what is reported, over HTTP and NATS. Without torch."""
