@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,6 +57,7 @@ class Deliveries:
         self._open: dict[str, _Delivery] = {}
         self._waiting: deque[str] = deque()  # those for which there was no slot
         self._busy_until = 0.0
+        self._came = asyncio.Event()
         region.announce()
 
     @property
@@ -64,6 +67,12 @@ class Deliveries:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    async def rest(self, seconds: float) -> None:
+        """Waits so long, or until a command arrives: from then on its answer is looked for."""
+        self._came.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._came.wait(), seconds)
 
     async def arrived(self, arrival: Arrival) -> None:
         """Takes a command; one that is with the training already is not given to it again."""
@@ -79,6 +88,7 @@ class Deliveries:
             return
         self._open[identity] = _Delivery(arrival.data, arrival)
         self._waiting.append(identity)
+        self._came.set()
         self.fill()
 
     def fill(self) -> None:

@@ -133,8 +133,12 @@ class Sidecar:
             again = False
             if self._end is not None:
                 again = await self._attempt(self._reporting.send_events(self._end)) is True
-            if not again:
-                await asyncio.sleep(_BUSY_LOOK if self._deliveries.busy else _IDLE_LOOK)
+            if again:
+                continue
+            if self._deliveries.busy:
+                await asyncio.sleep(_BUSY_LOOK)
+            else:
+                await self._deliveries.rest(_IDLE_LOOK)
 
     async def _send_metrics(self) -> None:
         while True:

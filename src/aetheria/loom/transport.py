@@ -172,12 +172,16 @@ class HubEnd:
         )
 
     # --- reports ---------------------------------------------------------------------------------------------------
-    async def listen(self, handler: Handler) -> None:
+    async def listen(self, handler: Handler, *, at_once: Handler | None = None) -> None:
         """Gives the handler everything that runs report, until this is cancelled or `close` is called.
 
         Outcomes, events and statuses come at least once, also those of a time when no hub was there; each run's come
         in their order. Metrics of the last ten minutes come too; heartbeats only now. One that the handler fails at is
         given to it again, a few times.
+
+        Args:
+            handler: given everything.
+            at_once: given outcomes as they are said, before they are stored; they come to `handler` all the same.
         """
         await self.start()
         while not self._closed:
@@ -189,6 +193,8 @@ class HubEnd:
                 asyncio.create_task(read(connection, handler))
                 for read in (self._read_reports, self._read_metrics, self._read_heartbeats)
             ]
+            if at_once is not None:
+                readers.append(asyncio.create_task(self._overhear_outcomes(connection, at_once)))
             try:
                 done, _ = await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
                 for reader in done:
@@ -257,6 +263,24 @@ class HubEnd:
                 await subscription.unsubscribe()
         except FAILURES as error:
             raise HubError(f"heartbeats cannot be read: {reason(error)}") from error
+
+    async def _overhear_outcomes(self, connection: Connection, handler: Handler) -> None:
+        """Hands over outcomes while JetStream is still writing them: somebody waits for them, not for its disk.
+
+        What an outcome says is in the run's journal before it is said. One that is lost here comes from the store.
+        """
+
+        async def heard(message: Msg) -> None:
+            await self._hand_over(handler, message)
+
+        try:
+            subscription = await connection.client.subscribe(f"{PREFIX}.*.ack", cb=heard)
+            try:
+                await connection.closed.wait()
+            finally:
+                await subscription.unsubscribe()
+        except FAILURES as error:
+            raise HubError(f"outcomes cannot be overheard: {reason(error)}") from error
 
     @staticmethod
     async def _hand_over(handler: Handler, message: Msg) -> bool:

@@ -100,7 +100,7 @@ async def _serve(
         app = make_app(hub, admit, tickets.issue, held.url)
         tokens: dict[Role, str] = {"operator": held.operator_token, "viewer": held.viewer_token}
         gate = Gate(app, held.port, tokens, tickets, store)
-        work = [asyncio.create_task(hub.tend()), asyncio.create_task(end.listen(hub.handle))]
+        work = [asyncio.create_task(hub.tend()), asyncio.create_task(end.listen(hub.handle, at_once=hub.handle))]
         if broker is not None:
             work.append(asyncio.create_task(_keep_alive(broker)))
         at_end.push_async_callback(_cancel, work)
