@@ -336,6 +336,7 @@ class Orchestrator(CommandedRun):
             self._reporter.log(step, self._means.since_reading() | self._schedules.learning_rates())
             self._line.beat(step)
             self._line.tend()
+            self._steering.refresh()
         if config.val_every_steps is not None and step % config.val_every_steps == 0:
             self._validate()
         if (path := self._keeper.finished()) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 from collections.abc import Mapping
@@ -167,8 +168,10 @@ def test_a_command_takes_effect_between_two_steps_and_is_journalled_with_its_ste
 
 
 def test_the_schedule_goes_on_in_proportion(tmp_path: Path) -> None:
-    _, _, script = steered(tmp_path, {3: [set_(learning_rate=0.01)]})
+    _, line, script = steered(tmp_path, {3: [set_(learning_rate=0.01)]})
     rates = dict(script.seen)
+    moved = [json.loads(data) for kind, data in line.told if kind == "status" and b'"kind":"values"' in data]
+    assert moved[0]["values"]["learning_rate"] == pytest.approx(0.01 * 0.7)  # told, though nobody has set it
     assert rates[8] == pytest.approx(0.01 * 0.7)
     assert rates[15] == pytest.approx(0.01 * 0.49)
 

@@ -18,6 +18,7 @@ from aetheria.control.journal import Journal
 from aetheria.control.knobs import Knob, Knobs, declared, knob_of
 from aetheria.control.optimizer_knobs import optimizer_knobs
 from aetheria.control.pausing import Pausing
+from aetheria.control.telling import Telling
 from aetheria.errors import AetheriaError, ConfigError
 from aetheria.loom.link import Link
 from aetheria.protocol import Note, Outcome, Set, Stop, encode
@@ -78,6 +79,7 @@ class Weavelet:
         self._runs_dir = Path(runs_dir)
         self._line = line
         self._devices: list[str] = []
+        self._telling = Telling(self.knobs)
         self._pausing = Pausing(lambda: self.global_step)
         self._stop_reason = ""
         self._asked_to_stop = False  # whether the loop has ever looked
@@ -397,6 +399,7 @@ class Weavelet:
         self._looked = now, step
         self._link.beat(step)
         self._link.tend()
+        self._telling.refresh(self._link, self._desk.revision)
         # About a second from now, at the pace since the last time: a clock read in every step would cost more.
         pace = (step - before) / (now - then) if then and now > then else 1.0
         self._look_at = step + max(1, int(pace * _TEND_INTERVAL))
@@ -409,13 +412,11 @@ class Weavelet:
             self._desk.receive(data, *Boundary(self.global_step, 0, self.global_step))
 
     def _say(self, status: str) -> None:
-        self._link.tell("status", encode({"kind": "status", "status": status, "step": self.global_step}))
-        self.say_knobs()
+        self._telling.status(self._link, status, self.global_step, self._desk.revision)
 
     def say_knobs(self) -> None:
         """Tells the hub the knobs and their values as they are now; after `start`."""
-        content = {"schema": self.knobs.schema(), "values": self.knobs.values(), "revision": self._desk.revision}
-        self._link.tell("status", encode({"kind": "knobs", **content}))
+        self._telling.knobs(self._link, self._desk.revision)
 
     def _tell(self, outcome: Outcome) -> None:
         self._link.tell("ack", encode(outcome))

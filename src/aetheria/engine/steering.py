@@ -15,6 +15,7 @@ from aetheria.control.journal import Journal
 from aetheria.control.knobs import Knobs
 from aetheria.control.line import Line
 from aetheria.control.pausing import Pausing
+from aetheria.control.telling import Telling
 from aetheria.core import AetherModel
 from aetheria.protocol import (
     AnyCommand,
@@ -95,6 +96,7 @@ class Steering:
         self._run_id = run_id
         self.knobs = knobs
         self._told = told
+        self._telling = Telling(knobs)
         self._rewound = False
         self.desk = Desk(run_id, journal, knobs, self._actions(), self._tell, lambda: fingerprint(run.model))
 
@@ -141,13 +143,11 @@ class Steering:
     # --- what is said ----------------------------------------------------------------------------------------------
     def say(self, status: str) -> None:
         """Tells how the run is, and all knobs with their values."""
-        self.line.tell("status", encode({"kind": "status", "status": status, "step": self._run.boundary.step}))
-        self.say_knobs()
+        self._telling.status(self.line, status, self._run.boundary.step, self.desk.revision)
 
-    def say_knobs(self) -> None:
-        """Tells the knobs as they are."""
-        content = {"schema": self.knobs.schema(), "values": self.knobs.values(), "revision": self.desk.revision}
-        self.line.tell("status", encode({"kind": "knobs", **content}))
+    def refresh(self) -> None:
+        """Tells the knobs that have moved by themselves; called now and then."""
+        self._telling.refresh(self.line, self.desk.revision)
 
     def end(self) -> None:
         """Refuses what comes from here on, and says that the run has ended."""
@@ -159,7 +159,7 @@ class Steering:
         self.line.tell("ack", encode(outcome))
         command = self.desk.journal.command(outcome.command)
         if outcome.state == "applied" and command is not None and command.changes_training:
-            self.say_knobs()
+            self._telling.knobs(self.line, self.desk.revision)
         self._told(command, outcome)
 
     # --- what commands do ------------------------------------------------------------------------------------------

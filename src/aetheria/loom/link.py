@@ -107,7 +107,10 @@ class Link:
         if not self._mine:
             return
         if kind == "status":
-            self._statuses[msgspec.json.decode(data, type=_Tagged).kind] = data
+            said = msgspec.json.decode(data, type=_Tagged).kind
+            self._statuses[said] = data
+            if said == "knobs":
+                self._statuses.pop("values", None)  # these were where the knobs were before
         if len(data) >= self._region.events.longest:
             data = self._shortened(kind, data)
             if not data:

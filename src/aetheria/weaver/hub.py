@@ -220,7 +220,7 @@ class Hub:
         if event.get("kind") == "status" and known_run is not None:
             reported = event.get("status")
             known_run.reported = reported if reported == "paused" else ""
-        if event.get("kind") != "knobs":
+        if event.get("kind") not in ("knobs", "values"):  # all there is to know of them, or where they are now
             self.feed.say(run, "event", event, event.get("time") if isinstance(event.get("time"), float) else None)
             return
         schema, values, revision = (event.get(name) for name in ("schema", "values", "revision"))
