@@ -40,7 +40,7 @@ from aetheria.engine.window import Window, WindowRunner, windows
 from aetheria.errors import AetheriaError, DataError, RunFolderError, SnapshotError
 from aetheria.loom.recorder import Recorder
 from aetheria.protocol import AnyCommand
-from aetheria.snapshot import weights_digest
+from aetheria.snapshot import SnapshotContent, weights_digest
 from aetheria.snapshot.format import model_tensors
 
 __all__ = ["Orchestrator", "continue_run"]
@@ -348,11 +348,15 @@ class Orchestrator(CommandedRun):
         # After an epoch's last window the snapshot waits for the validation: then it knows what it is worth.
         if not self._epoch_is_over() and (reason := self._keeper.due(step)) and not self._done():
             self._save(reason)
+        elif step:
+            self._keeper.reserve(self._captured)
         self._next_due = min(
             step - step % every + every
             for every in (config.log_every, config.val_every_steps, config.snapshots.every_steps, config.max_steps)
             if every is not None
         )
+        if step == 0:
+            self._next_due = 1  # to reserve the snapshots' memory once the first step has made the optimiser's state
         if (planned := self._steering.next_step) is not None:
             self._next_due = min(self._next_due, planned)
         self._deadline = self._keeper.deadline()
@@ -396,16 +400,17 @@ class Orchestrator(CommandedRun):
         return True
 
     def _save(self, reason: str, pinned: bool = False) -> None:
-        self._keeper.save(
-            self._parts.capture(
-                self.state.state_dict(),
-                run_id=self.run_id,
-                step=self.global_step,
-                epoch=self.epoch,
-                reason=reason,
-                metrics=self.state.fresh,
-                pinned=pinned,
-            )
+        self._keeper.save(self._captured(reason, pinned))
+
+    def _captured(self, reason: str = "", pinned: bool = False) -> SnapshotContent:
+        return self._parts.capture(
+            self.state.state_dict(),
+            run_id=self.run_id,
+            step=self.global_step,
+            epoch=self.epoch,
+            reason=reason,
+            metrics=self.state.fresh,
+            pinned=pinned,
         )
 
     def _notify(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.freezing import freeze, frozen
 
 from aetheria.errors import HubError
 from aetheria.loom.broker import Broker, find_binary
@@ -122,6 +123,25 @@ def test_the_port_is_kept_and_a_taken_one_is_named(tmp_path: Path) -> None:
     broker.stop()
 
 
+def test_a_port_that_is_taken_between_choosing_and_listening_is_left_to_the_quicker_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, taken = Broker._launch, []
+
+    def somebody_is_quicker(broker: Broker) -> None:
+        if not taken:
+            taken.append(socket.create_server(("127.0.0.1", broker._port)))
+        launch(broker)
+
+    monkeypatch.setattr(Broker, "_launch", somebody_is_quicker)
+    broker = Broker(tmp_path / "nats")
+    broker.start()
+    assert broker.answers()
+    assert broker.url != f"nats://127.0.0.1:{taken[0].getsockname()[1]}"
+    broker.stop()
+    taken[0].close()
+
+
 def test_a_folder_serves_one_hub_at_a_time(broker: Broker) -> None:
     with pytest.raises(HubError, match=f"another hub, process {os.getpid()},"):
         Broker(broker.folder).start()
@@ -149,18 +169,14 @@ def test_a_server_whose_hub_was_killed_is_taken_over(tmp_path: Path) -> None:
     assert not broker.alive
 
 
-def test_a_server_that_is_stuck_is_not_taken_over_but_replaced(tmp_path: Path) -> None:
-    first = Broker(tmp_path / "nats")
-    first.start()
-    assert first.pid is not None
-    os.kill(first.pid, signal.SIGSTOP)
-    assert first.alive
-    assert not first.answers(timeout=0.2)
-    stuck = first.pid
-    first.restart()
-    assert first.pid != stuck
-    assert first.answers()
-    first.stop()
+def test_a_server_that_is_stuck_is_not_taken_over_but_replaced(broker: Broker) -> None:
+    stuck = broker.pid
+    freeze(stuck)
+    assert broker.alive
+    assert not broker.answers(timeout=0.2)
+    broker.restart()
+    assert broker.pid != stuck
+    assert broker.answers()
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
@@ -388,12 +404,8 @@ def test_a_stopped_server_is_noticed(broker: Broker) -> None:
     async def body() -> None:
         end = RunEnd(broker.url, broker.admit("run"), "run")
         await end.connect()
-        assert broker.pid is not None
-        os.kill(broker.pid, signal.SIGSTOP)
-        try:
+        with frozen(broker.pid):
             await asyncio.wait_for(end.closed.wait(), 12.0)
-        finally:
-            os.kill(broker.pid, signal.SIGCONT)
         await end.close()
 
     run_async(body)

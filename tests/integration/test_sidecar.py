@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.freezing import freeze
 
 from aetheria.errors import HubError
 from aetheria.loom.broker import Broker
@@ -327,8 +328,7 @@ def test_a_killed_sidecar_loses_no_command(trainer: Trainer, hub: Hub) -> None:
 def test_a_stopped_sidecar_goes_on_where_it_was(trainer: Trainer, hub: Hub) -> None:
     hub.send(Ping(run=RUN, id="command-0"))
     until(lambda: len(hub.answered()) == 2, trainer)
-    assert trainer.link.sidecar is not None
-    os.kill(trainer.link.sidecar, signal.SIGSTOP)
+    freeze(trainer.link.sidecar)
     times = []
     for number in range(2000):
         started = time.perf_counter()

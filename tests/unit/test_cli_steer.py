@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pexpect
 import pytest
 import typer
+from tests.freezing import frozen
 from typer.testing import CliRunner, Result
 
 import aetheria
@@ -124,12 +124,8 @@ def test_wrong_usage_is_exit_code_2(name: str, arguments: list[str]) -> None:
 def test_a_run_that_does_not_answer_is_exit_code_1(name: str) -> None:
     with aetheria.connect() as hub:
         pid = hub.run(name).status.pid
-    assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with frozen(pid):
         result = call("ping", "@last", "--timeout", "0.2")
-    finally:
-        os.kill(pid, signal.SIGCONT)
     assert result.exit_code == 1
     assert "has not said anything yet" in result.stderr
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 import socket
 import threading
 import time
@@ -16,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.freezing import frozen
 
 import aetheria
 from aetheria.client import AsyncHub, CommandRefusedError, Hub, KnobValues, NoAnswerError, Run
@@ -147,14 +146,10 @@ def test_without_waiting_there_is_a_future(run: Run) -> None:
 
 def test_a_run_that_does_not_answer_in_time_is_told(run: Run) -> None:
     pid = run.status.pid
-    assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with frozen(pid):
         with pytest.raises(NoAnswerError, match="The note stands") as late:
             run.note("late", timeout=0.2)
         assert late.value.outcome is None
-    finally:
-        os.kill(pid, signal.SIGCONT)
     outcome = run.outcome(late.value.command, timeout=20.0)
     assert outcome is not None
     assert outcome.state == "applied"

@@ -58,6 +58,7 @@ class SnapshotKeeper:
         self.reason = ""
         self.last_step = -1
         self._again = False
+        self._reserved = False
         self.stalled_seconds = 0.0
         self._notify = notify
         self._last_time = time.monotonic()
@@ -124,9 +125,20 @@ class SnapshotKeeper:
                 )
 
     # --- writing ---------------------------------------------------------------------------------------------------
+    def reserve(self, content: Callable[[], SnapshotContent]) -> None:
+        """Gets the memory that snapshots are copied into, once: when the optimiser has made its state.
+
+        Args:
+            content: returns what a snapshot would hold now.
+        """
+        if not self._reserved:
+            self._reserved = True
+            self._writer.reserve(content())
+
     def save(self, content: SnapshotContent) -> None:
         """Takes a snapshot; returns when its content has been copied to host memory."""
         begun = time.monotonic()
+        self._reserved = True
         self._writer.save(content)
         self.last_step = content.manifest.step
         self.reason, self._again = "", False

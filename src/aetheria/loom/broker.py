@@ -169,6 +169,11 @@ class Broker:
         self._launch()
         while True:
             if not self.alive:
+                if self._wanted_port is None and not self._port_file.exists() and not _is_free(self._port):
+                    self._port = self._choose_port()  # somebody took the free one in the moment between
+                    self._write_configuration()
+                    self._launch()
+                    continue
                 raise HubError(f"the message server ended at once. {self._last_words()}")
             if self._is_in(seed):
                 break
@@ -217,7 +222,7 @@ class Broker:
             pass
         except ValueError as error:
             raise HubError(f"{self._port_file} does not hold a port: {error}. Delete it.") from error
-        for port in random.sample(_PORTS, 100):
+        for port in random.SystemRandom().sample(_PORTS, 100):
             if _is_free(port):
                 return port
         raise HubError(f"of a hundred ports between {_PORTS.start} and {_PORTS.stop} on 127.0.0.1 none is free.")

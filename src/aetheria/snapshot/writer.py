@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO
 
 import safetensors.torch
@@ -38,6 +39,7 @@ from aetheria.snapshot.format import (
 __all__ = ["SnapshotContent", "SnapshotWriter"]
 
 WRITING, REMOVING = ".writing-", ".removing-"
+LARGE = 1 << 20  # bytes; smaller tensors come from memory that is there already
 _Place = tuple[Any, ...]  # the way to a tensor through nested containers
 
 
@@ -58,6 +60,9 @@ class SnapshotContent:
     rank_state: dict[str, Any]
 
 
+_Visit = Callable[[Tensor, _Place], Any]
+
+
 class _Staging:
     """Host memory that snapshots are copied into; kept from one to the next, because fresh pages are slow."""
 
@@ -67,27 +72,33 @@ class _Staging:
 
     def copy(self, content: SnapshotContent, synchronize: Callable[[], None]) -> SnapshotContent:
         self._used = set()
-        tied = find_tied(content.weights)
-        weights = {name: tensor for name, tensor in content.weights.items() if name not in tied}
-        staged = SnapshotContent(
-            dataclasses.replace(content.manifest, tied=tied, metrics=dict(content.manifest.metrics)),
-            self._tree(weights, ("weights",)),
-            self._tree(plain(content.state, "state"), ("state",)),
-            self._tree(plain(content.rank_state, "rank"), ("rank",)),
-        )
+        staged = _mapped(content, self._copied)
         synchronize()
         for place in self._buffers.keys() - self._used:
             del self._buffers[place]
         return staged
 
-    def _tree(self, value: Any, place: _Place) -> Any:
-        if isinstance(value, Tensor):
-            return self._copied(value, place)
-        if isinstance(value, dict):
-            return type(value)({key: self._tree(item, (*place, key)) for key, item in value.items()})
-        if isinstance(value, list | tuple):
-            return type(value)(self._tree(item, (*place, index)) for index, item in enumerate(value))
-        return value
+    def reserve(self, content: SnapshotContent) -> Callable[[Event], None]:
+        """Returns what gets the memory for such a content, elsewhere and unless it is told to stop."""
+        wanted: list[tuple[_Place, torch.Size, torch.dtype, bool]] = []
+
+        def note(tensor: Tensor, place: _Place) -> None:
+            if tensor.layout is torch.strided and tensor.nbytes >= LARGE:
+                wanted.append((place, tensor.shape, tensor.dtype, tensor.device.type == "cuda"))
+
+        _mapped(content, note)
+
+        def get(stop: Event) -> None:
+            for place, shape, dtype, pinned in wanted:
+                if stop.is_set():
+                    return
+                try:
+                    # Zeros are written, not promised: it is the first touch of a page that takes long.
+                    self._buffers[place] = torch.empty(shape, dtype=dtype, pin_memory=pinned).zero_()
+                except RuntimeError:  # no memory: the snapshot itself will say so, if there still is none by then
+                    return
+
+        return get
 
     def _copied(self, tensor: Tensor, place: _Place) -> Tensor:
         if tensor.layout is not torch.strided:  # sparse: of another size each time
@@ -99,6 +110,28 @@ class _Staging:
         self._used.add(place)
         buffer.copy_(tensor.detach(), non_blocking=True)
         return buffer
+
+
+def _mapped(content: SnapshotContent, visit: _Visit) -> SnapshotContent:
+    """Returns the content with what a function makes of each tensor in its place; tied weights count once."""
+    tied = find_tied(content.weights)
+    weights = {name: tensor for name, tensor in content.weights.items() if name not in tied}
+    return SnapshotContent(
+        dataclasses.replace(content.manifest, tied=tied, metrics=dict(content.manifest.metrics)),
+        _tree(weights, ("weights",), visit),
+        _tree(plain(content.state, "state"), ("state",), visit),
+        _tree(plain(content.rank_state, "rank"), ("rank",), visit),
+    )
+
+
+def _tree(value: Any, place: _Place, visit: _Visit) -> Any:
+    if isinstance(value, Tensor):
+        return visit(value, place)
+    if isinstance(value, dict):
+        return type(value)({key: _tree(item, (*place, key), visit) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return type(value)(_tree(item, (*place, index), visit) for index, item in enumerate(value))
+    return value
 
 
 class SnapshotWriter:
@@ -126,6 +159,15 @@ class SnapshotWriter:
         self._staging = _Staging()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="aetheria-snapshot")
         self._saving: Future[Path] | None = None
+        self._reserving: Future[None] | None = None
+        self._stop_reserving = Event()
+
+    def reserve(self, content: SnapshotContent) -> None:
+        """Gets the host memory for a content like this one, on the thread, so that the first snapshot waits no longer.
+
+        Its tensors are looked at here for shape and dtype; nothing of them is kept.
+        """
+        self._reserving = self._thread.submit(self._staging.reserve(content), self._stop_reserving)
 
     def save(self, content: SnapshotContent) -> None:
         """Copies the content to host memory and returns; the rest happens on the thread.
@@ -136,6 +178,10 @@ class SnapshotWriter:
             SnapshotError: the previous snapshot could not be written, or this state cannot be stored.
         """
         self.wait()
+        if self._reserving is not None:
+            self._stop_reserving.set()
+            self._reserving.result()
+            self._reserving = None
         staged = self._staging.copy(content, self._synchronize)
         self._saving = self._thread.submit(self._write, staged)
 
@@ -158,6 +204,7 @@ class SnapshotWriter:
 
     def close(self) -> None:
         """Ends the thread, after the snapshot in progress."""
+        self._stop_reserving.set()
         self._thread.shutdown(wait=True)
 
     def clean(self) -> None:

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 from loguru import logger
+from tests.freezing import freeze, frozen
 
 from aetheria.loom.link import Link
 from aetheria.loom.processes import is_running
@@ -203,11 +204,8 @@ def test_a_stopped_sidecar_costs_the_training_nothing(link: Link) -> None:
         return sorted(times)[count // 2]
 
     costs(100)
-    os.kill(link.sidecar, signal.SIGSTOP)
-    try:
+    with frozen(link.sidecar):
         stopped = costs(20_000)  # several times what the rings hold
-    finally:
-        os.kill(link.sidecar, signal.SIGCONT)
     assert stopped < 200e-6  # a bound for a busy machine; a step that waited would take far longer
     left = link.close(timeout=10.0)
     assert left > 10_000  # they were dropped, and this is said
@@ -218,7 +216,7 @@ def test_a_sidecar_that_does_not_end_is_killed(link: Link, warnings: list[str]) 
     pid = link.sidecar
     assert pid is not None
     link.metrics(1, {"loss": 1.0})
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     started = time.monotonic()
     link.metrics(2, {"loss": 1.0})
     assert 1 <= link.close(timeout=0.5) <= 2
@@ -229,11 +227,9 @@ def test_a_sidecar_that_does_not_end_is_killed(link: Link, warnings: list[str]) 
 
 def test_what_was_dropped_is_said_in_the_database(link: Link, tmp_path: Path) -> None:
     until(lambda: sidecar_works(link))
-    assert link.sidecar is not None
-    os.kill(link.sidecar, signal.SIGSTOP)
-    for step in range(40):
-        link.metrics(step, {f"{number}" * 10: 1.0 for number in range(9_000)})  # 200 kB each, 4 MB fit
-    os.kill(link.sidecar, signal.SIGCONT)
+    with frozen(link.sidecar):
+        for step in range(40):
+            link.metrics(step, {f"{number}" * 10: 1.0 for number in range(9_000)})  # 200 kB each, 4 MB fit
     until(lambda: RunReader(tmp_path / "run.db").events("lost"))
     (lost,) = RunReader(tmp_path / "run.db").events("lost")
     assert 10 < lost.data["records"] < 40

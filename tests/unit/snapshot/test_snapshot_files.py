@@ -6,8 +6,10 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -294,3 +296,32 @@ def test_what_is_among_the_best() -> None:
     assert rule.admits(1.5, manifests)
     assert not rule.admits(2.0, manifests), "the earlier one wins a tie"
     assert not rule.admits(float("nan"), manifests)
+
+
+def test_memory_got_beforehand_is_what_the_first_snapshot_is_copied_into(tmp_path: Path) -> None:
+    weights = {"large": torch.randn(512, 1024), "small": torch.randn(3)}
+    content = SnapshotContent(manifest_of(), weights, {"moments": [torch.ones(1 << 19)]}, {})
+    writer = SnapshotWriter(tmp_path)
+    writer.reserve(content)
+    assert writer._reserving is not None
+    writer._reserving.result(timeout=30)
+    reserved = {place: buffer.data_ptr() for place, buffer in writer._staging._buffers.items()}
+    assert sorted(reserved) == [("state", "moments", 0), ("weights", "large")]
+    writer.save(content)
+    path = writer.wait()
+    assert {place: writer._staging._buffers[place].data_ptr() for place in reserved} == reserved
+    writer.close()
+    assert path is not None
+    assert Snapshot(path).weights()["large"].equal(weights["large"])
+
+
+def test_a_snapshot_does_not_wait_for_memory_that_is_still_being_got(tmp_path: Path) -> None:
+    content = SnapshotContent(manifest_of(), {f"layer.{index}": torch.ones(1 << 18) for index in range(8)}, {}, {})
+    writer = SnapshotWriter(tmp_path)
+    begin = Event()
+    writer._thread.submit(begin.wait)  # the thread has something else to do first
+    writer.reserve(content)
+    threading.Timer(0.05, begin.set).start()
+    writer.save(content)
+    assert Snapshot(writer.wait() or Path()).weights()["layer.7"].sum() == 1 << 18
+    writer.close()
