@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from aetheria.accelerator.device import DeviceAccelerator, Precision
+from aetheria.accelerator.host_memory import keep_freed_memory
 from aetheria.core import recursive_to_device
 from aetheria.registry import Registry
 
@@ -20,6 +21,7 @@ class CPUAccelerator(DeviceAccelerator):
 
     def __init__(self, precision: Precision | Literal["mixed"] = "fp32") -> None:
         super().__init__(torch.device("cpu"), precision)
+        keep_freed_memory()
 
     def process_batch(self, batch: Any) -> Any:
         # The common batches are here already; only unusual ones are worth a walk.
