@@ -53,6 +53,10 @@ class ScriptedLine:
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self.points.append((step, dict(metrics)))
 
+    def hand_over(self, points: list[Any]) -> None:
+        self.points += [(step, metrics) for _, step, metrics in points]
+        points.clear()
+
     def beat(self, step: int) -> None:
         pass
 

@@ -184,6 +184,8 @@ class TrainingConfig(_Section):
     """Where all randomness of the run comes from."""
     accelerator: Name = Field(default="auto", json_schema_extra={"examples": ["auto", "cpu", "cuda", "mps"]})
     """auto (the best device of this machine), cpu, cuda, mps, or the name of a registered accelerator."""
+    accelerator_params: Parameters = {}
+    """The constructor's arguments of the accelerator, besides its precision."""
     mixed_precision: bool | None = None
     """true: bf16 where the device computes in it, else fp16 on CUDA. precision need not be given then."""
     precision: Precision | None = Field(

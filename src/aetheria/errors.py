@@ -11,6 +11,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "HubError",
+    "LaunchError",
     "MissingDependencyError",
     "ModelError",
     "NonFiniteError",
@@ -42,6 +43,10 @@ class HubError(AetheriaError, ConnectionError):
     """The hub (the Weaver, or the message server behind it) cannot be reached, or refuses to talk."""
 
 
+class LaunchError(AetheriaError, ValueError):
+    """A launch of several processes that cannot be: an impossible number, nodes that would not meet, a bad job name."""
+
+
 class RegistryError(AetheriaError, LookupError):
     """A name that nobody registered, or that two different classes claim."""
 
@@ -60,6 +65,10 @@ class MissingDependencyError(AetheriaError, ImportError):
             f"{wanted_by} needs the package '{package}', which is not installed. "
             f"Install it with: pip install 'aetheria[{extra}]'"
         )
+
+
+class RankError(AetheriaError):
+    """Another rank of the run has failed, or is gone; the message says which, and with what."""
 
 
 class ModelError(AetheriaError):

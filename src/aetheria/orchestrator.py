@@ -13,6 +13,8 @@ import torch
 from aetheria.accelerator import create_accelerator
 from aetheria.accelerator.select import deterministic
 from aetheria.config import TrainingConfig
+from aetheria.control.agreement import Agreement
+from aetheria.control.decision import Decision
 from aetheria.control.desk import Boundary
 from aetheria.control.journal import Journal
 from aetheria.control.line import Line
@@ -21,34 +23,33 @@ from aetheria.data import LoaderDataModule
 from aetheria.data.order import mix
 from aetheria.data.randomness import seed_generators
 from aetheria.engine.assembly import build_callbacks, build_model_and_data, config_of_run, prepare_loaders
-from aetheria.engine.commands import CommandedRun
 from aetheria.engine.dropped import DroppedWindows
+from aetheria.engine.ending import EndingRun
 from aetheria.engine.evaluation import evaluate
 from aetheria.engine.hooks import Hooks
 from aetheria.engine.keeper import SnapshotKeeper
 from aetheria.engine.knobs import builtin_knobs
 from aetheria.engine.live import open_line
 from aetheria.engine.loop_state import LoopState
-from aetheria.engine.metrics import ArrivingMetrics, MetricMeans
-from aetheria.engine.opening import open_run
+from aetheria.engine.metrics import MetricMeans
 from aetheria.engine.reporting import Reporter
 from aetheria.engine.schedules import Schedules, as_plan
 from aetheria.engine.signals import StopSignals
 from aetheria.engine.state import RunParts
 from aetheria.engine.steering import Steering
+from aetheria.engine.together import check_alike, open_together
 from aetheria.engine.window import Window, WindowRunner, windows
-from aetheria.errors import AetheriaError, DataError, RunFolderError, SnapshotError
+from aetheria.errors import AetheriaError, DataError
 from aetheria.loom.recorder import Recorder
 from aetheria.protocol import AnyCommand
-from aetheria.snapshot import SnapshotContent, weights_digest
-from aetheria.snapshot.format import model_tensors
+from aetheria.snapshot import SnapshotContent
 
 __all__ = ["Orchestrator", "continue_run"]
 
 TRAINING_STREAM = 8  # part of the key of the generators that training draws from
 
 
-class Orchestrator(CommandedRun):
+class Orchestrator(EndingRun):
     """Trains a model. It is its callbacks' `TrainingContext`.
 
     Args:
@@ -98,8 +99,9 @@ class Orchestrator(CommandedRun):
             RegistryError: nobody registered the name.
             PluginError: the `plugins/` folder beside the configuration cannot be imported.
         """
-        model, data = build_model_and_data(config)
-        return cls(model, data, config, callbacks=callbacks, planned=planned)
+        accelerator = create_accelerator(config)
+        model, data = build_model_and_data(config, accelerator.world_size)
+        return cls(model, data, config, accelerator, callbacks, planned)
 
     # --- a run, from outside ---------------------------------------------------------------------------------------
     def run(self, resume_from: str | Path | None = None, new_run: bool = False) -> RunResult:
@@ -107,8 +109,8 @@ class Orchestrator(CommandedRun):
 
         Args:
             resume_from: a run folder (its newest good snapshot is taken, and the run goes on in that folder), a
-                snapshot (likewise, if it is that one; an older one starts a new run from there), or "latest": the
-                newest run in `runs_dir`.
+                snapshot (likewise, if it is that one; an older one starts a new run from there), "latest": the
+                newest run in `runs_dir`, or "auto": the run that the same launch has begun, or a new one.
             new_run: a snapshot, even the newest one of its run, is where a new run begins.
 
         Raises:
@@ -120,13 +122,23 @@ class Orchestrator(CommandedRun):
                 "this Orchestrator has run already. Make a new one, and give run() the folder of the run that is to "
                 "be continued: resume_from=result.folder."
             )
-        self._opened = open_run(self.config, self.model, resume_from, new_run)
+        try:
+            check_alike(self.accelerator, self.config, self.model)
+            self._opened = open_together(self.accelerator, self.config, self.model, resume_from, new_run)
+        except BaseException as error:
+            ended_by = self.accelerator.explain(error)
+            self.accelerator.cleanup()
+            if ended_by is not error:
+                raise ended_by from None
+            raise
         with ExitStack() as self._stack:
             self._stack.callback(self._opened.folder.release)
             self._hooks = Hooks(self.callbacks, lambda message, trace: self.record("error", message, traceback=trace))
-            self._line = open_line(self.config, self._opened) if self._own_line is None else self._own_line
+            main = self.accelerator.is_main_process
+            self._line = open_line(self.config, self._opened, main) if self._own_line is None else self._own_line
             self._stack.callback(self._line.close)
-            self._reporter = Reporter(self.accelerator, self._hooks, self._recorder_from(self._opened.step), self._line)
+            recorder = self._recorder_from(self._opened.step) if main else None
+            self._reporter = Reporter(self.accelerator, self._hooks, recorder, self._line)
             self._stack.callback(self._reporter.close)
             self._keeper = SnapshotKeeper(
                 self._opened.folder.snapshots,
@@ -134,6 +146,8 @@ class Orchestrator(CommandedRun):
                 self.accelerator.synchronize,
                 self._reporter.flush,
                 self._notify,
+                writes=main,
+                alone=self._alone,
             )
             self._stack.callback(self._keeper.close)
             self._stack.callback(self.accelerator.cleanup)
@@ -144,7 +158,10 @@ class Orchestrator(CommandedRun):
                     self._train_until_done()
                     return self._finish()
                 except BaseException as error:
-                    self._fail(error)
+                    ended_by = self.accelerator.explain(error)
+                    self._fail(ended_by)
+                    if ended_by is not error:
+                        raise ended_by from None
                     raise
                 finally:
                     self._hooks.call("teardown")
@@ -160,17 +177,20 @@ class Orchestrator(CommandedRun):
         self.accelerator.setup(self.model)
         self._schedules = Schedules(as_plan(self.model.configure_optimizers()))
         self.accelerator.setup_optimizer(self.optimizer)
-        loaders = prepare_loaders(self.data, config, self.accelerator.world_size)
+        loaders = prepare_loaders(self.data, config, self.accelerator)
         self._train, self._val = loaders.train, loaders.val
         self._stack.callback(loaders.close)
         for warning in loaders.warnings:
             self.record("warning", warning)
         self._means = MetricMeans(self.accelerator)
-        journal = Journal(self.folder / "journal.jsonl")
+        journal = self._open_journal()
         self._stack.callback(journal.close)
         if journal.repaired:
             self.record("warning", journal.repaired)
-        self._steering = Steering(self, self.run_id, journal, builtin_knobs(self), self._line, self._note_outcome)
+        self._agreement = self._open_agreement()
+        self._steering = Steering(
+            self, self.run_id, journal, builtin_knobs(self), self._line, self._note_outcome, self._agreement
+        )
         self._parts = RunParts(
             self.model, self._schedules, self.accelerator, self._hooks, self._means, self._train, self._steering
         )
@@ -179,7 +199,7 @@ class Orchestrator(CommandedRun):
         restored = None
         if opened.snapshot is not None:
             restored = self._parts.restore(opened.snapshot, opened.overridden)
-            self.state = LoopState.from_state(restored.loop)
+            self._take_over(restored)
             for warning in restored.warnings:
                 self.record("warning", warning)
         if self._planned is None:
@@ -210,6 +230,22 @@ class Orchestrator(CommandedRun):
             self.config.max_grad_norm,
             self.config.max_grad_value,
         )
+
+    def _open_journal(self) -> Journal:
+        path = self.folder / "journal.jsonl"
+        if self._alone:
+            return Journal(path)
+        opened: list[Journal] = []
+
+        def open_it() -> bytes:
+            opened.append(Journal(path))
+            return path.read_bytes()
+
+        content = self.accelerator.main_says(open_it)
+        return opened[0] if opened else Journal(path, copy=content)
+
+    def _open_agreement(self) -> Agreement | None:
+        return None if self._alone else Agreement(self.accelerator.ranks)
 
     def _recorder_from(self, step: int) -> Recorder:
         return Recorder(self.folder / "run.db", step)
@@ -309,12 +345,11 @@ class Orchestrator(CommandedRun):
         self._means.new_epoch()
         self.state.cursor.next_epoch()
         self._keeper.end_epoch(self.epoch)
-        self._boundary()
+        self._boundary(together=True)
 
     def _epoch_means(self, prefix: str = "") -> dict[str, float]:
         self._reporter.deliver(wait=True)
-        means = ArrivingMetrics(self.accelerator, self._means.since_epoch()).values()
-        return {prefix + name: value for name, value in means.items()}
+        return {prefix + name: value for name, value in self._means.since_epoch().values().items()}
 
     def _epoch_metrics(self) -> dict[str, float]:
         return self._epoch_means() | {
@@ -322,8 +357,11 @@ class Orchestrator(CommandedRun):
         }
 
     # --- the boundary ----------------------------------------------------------------------------------------------
-    def _boundary(self) -> bool:
+    def _boundary(self, together: bool = False) -> bool:
         """Does what is due between two steps. Everything in here is done once for a step, however often it is asked.
+
+        Args:
+            together: whether all ranks are here; otherwise one may be alone, and what it wishes has to wait.
 
         Returns:
             Whether a command has taken the run somewhere else.
@@ -333,23 +371,28 @@ class Orchestrator(CommandedRun):
         config, step = self.config, self.global_step
         if step % config.log_every == 0 and self.state.logged_at != step:
             self.state.logged_at = step
-            self._reporter.log(step, self._means.since_reading() | self._schedules.learning_rates())
+            self._reporter.log(step, self._means.since_reading(), self._schedules.learning_rates())
             self._line.beat(step)
             self._line.tend()
             self._steering.refresh()
         if config.val_every_steps is not None and step % config.val_every_steps == 0:
+            together = together or self.state.validated_at != step
             self._validate()
         if (path := self._keeper.finished()) is not None:
             self._hooks.call("on_snapshot", path)
-        if self._steering.attend():
+        agreed = Decision()
+        if self._agreement is not None:
+            agreed = self._agreement.decide(step, together, self._wishes)
+            self.act_on(agreed)
+        if self._steering.attend(agreed.commands):
             self._next_due = 0
             return True
         config = self.config  # a command may have changed it
         # After an epoch's last window the snapshot waits for the validation: then it knows what it is worth.
-        if not self._epoch_is_over() and (reason := self._keeper.due(step)) and not self._done():
+        if not self._epoch_is_over() and (reason := self._keeper.due(step, agreed.save)) and not self._done():
             self._save(reason)
         elif step:
-            self._keeper.reserve(self._captured)
+            self._keeper.reserve(lambda: self._captured(exchange=False))
         self._next_due = min(
             step - step % every + every
             for every in (config.log_every, config.val_every_steps, config.snapshots.every_steps, config.max_steps)
@@ -359,13 +402,15 @@ class Orchestrator(CommandedRun):
             self._next_due = 1  # to reserve the snapshots' memory once the first step has made the optimiser's state
         if (planned := self._steering.next_step) is not None:
             self._next_due = min(self._next_due, planned)
+        if self._agreement is not None:
+            if not self._agreement.under_way:
+                self._agreement.launch(step, self._wishes())
+            self._next_due = min(self._next_due, self._agreement.due_at)
         self._deadline = self._keeper.deadline()
         return False
 
     def _done(self) -> bool:
-        if self._signals.received is not None:
-            return True
-        if self._stop_reason:
+        if self.stop_requested():
             return True
         steps, epochs = self.config.max_steps, self.config.epochs
         return (steps is not None and self.global_step >= steps) or (epochs is not None and self.epoch >= epochs)
@@ -375,6 +420,7 @@ class Orchestrator(CommandedRun):
         if self._val is None or self.state.validated_at == self.global_step:
             return True
         self._reporter.deliver(wait=True)
+        self.accelerator.share_buffers(self.model)
         self._hooks.call("on_validation_start")
         metrics: dict[str, float] = {}
         try:
@@ -384,7 +430,7 @@ class Orchestrator(CommandedRun):
                 self.accelerator,
                 self._validation_step,
                 seed=self.config.seed,
-                interrupted=lambda: self._signals.received is not None,
+                interrupted=lambda: self._signal is not None,
             )
             if found is not None:
                 metrics = {f"val_{name}": value for name, value in found.items()}
@@ -402,7 +448,7 @@ class Orchestrator(CommandedRun):
     def _save(self, reason: str, pinned: bool = False) -> None:
         self._keeper.save(self._captured(reason, pinned))
 
-    def _captured(self, reason: str = "", pinned: bool = False) -> SnapshotContent:
+    def _captured(self, reason: str = "", pinned: bool = False, exchange: bool = True) -> SnapshotContent:
         return self._parts.capture(
             self.state.state_dict(),
             run_id=self.run_id,
@@ -411,76 +457,11 @@ class Orchestrator(CommandedRun):
             reason=reason,
             metrics=self.state.fresh,
             pinned=pinned,
+            exchange=exchange,
         )
 
     def _notify(self) -> None:
         self._pending = True
-
-    # --- the end ---------------------------------------------------------------------------------------------------
-    def _finish(self) -> RunResult:
-        self._settle()
-        interrupted = self._signals.received is not None
-        if not interrupted and self.state.cursor.windows:  # ended in the middle of an epoch
-            self._validate()
-        metrics = (
-            self._epoch_metrics()
-            if self.state.cursor.windows
-            else (self.state.history[-1] if self.state.history else {})
-        )
-        if not interrupted:
-            self._hooks.call("on_train_end")
-        reason = self._describe_end()
-        self._steering.end()
-        if self._snapshot_at_end:
-            self._save(reason)
-        if (path := self._keeper.wait()) is not None:
-            self._hooks.call("on_snapshot", path)
-        self._reporter.deliver(wait=True)
-        self.record("end", reason)
-        self._opened.folder.update(
-            status=self._status,
-            status_detail=reason,
-            global_step=self.global_step,
-            metrics=metrics,
-            callback_failures=dict(self._hooks.failures),
-        )
-        return RunResult(
-            run_id=self.run_id,
-            folder=self.folder,
-            status=self._status,
-            global_step=self.global_step,
-            metrics=metrics,
-            digest=weights_digest(model_tensors(self.model)[0]),
-            history=self.state.history,
-            reason=reason,
-            signal=self._signals.received,
-        )
-
-    def _describe_end(self) -> str:
-        if self._signals.received is not None:
-            self._status = "interrupted"
-            return f"signal {self._signals.received}"
-        if self._stop_reason:
-            self._status = "stopped"
-            return self._stop_reason
-        self._status = "completed"
-        return f"{self.epoch} epochs, {self.global_step} steps"
-
-    def _fail(self, error: BaseException) -> None:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            error.add_note("Out of memory: lower batch_size and raise grad_accumulation_steps by the same factor.")
-        detail = f"{type(error).__name__}: {error}"
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        try:
-            self._opened.folder.update(status=status, status_detail=detail, global_step=self.global_step)
-        except (OSError, RunFolderError) as second:
-            error.add_note(f"run.json could not be told: {second}")
-        try:
-            self._keeper.wait()
-        except SnapshotError as second:
-            error.add_note(f"besides, a snapshot failed: {second}")
-        self.record("failure", f"the run ended with {detail}")
-        self._hooks.call("on_exception", error)
 
 
 def continue_run(path: Path, overrides: Sequence[str] = (), callbacks: Sequence[Callback] = ()) -> RunResult:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from aetheria.errors import HubError
 from aetheria.loom.broker import Broker, find_binary
 from aetheria.loom.connection import Connection
 from aetheria.loom.keys import new_seed
-from aetheria.loom.subjects import COMMANDS, REPORTS, consumer_of, subject, token_of, which
+from aetheria.loom.run_end import Overheard
+from aetheria.loom.subjects import COMMANDS, METRICS, REPORTS, consumer_of, subject, token_of, which
 from aetheria.loom.transport import Arrival, HubEnd, RunEnd
 
 
@@ -327,6 +329,96 @@ def test_a_run_may_do_nothing_but_its_own(broker: Broker) -> None:
         await hub.close()
 
     # The heartbeat that makes the hub admit the run is not needed: sending a command does so, too.
+    run_async(body)
+
+
+def test_a_run_hears_its_own_commands_before_they_arrive_and_what_was_sent_before_them(broker: Broker) -> None:
+    async def body() -> None:
+        hub = HubEnd(broker.url, broker.hub_seed)
+        await hub.start()
+        heard: dict[str, list[Overheard]] = {"mine": [], "yours": []}
+        ends = [RunEnd(broker.url, broker.admit(run), run) for run in heard]
+        for end in ends:
+            await end.connect()
+            await end.overhear(heard[end.run].append)
+            await end.beat(b"{}")
+            with suppress(HubError):
+                await end.unanswered()  # answered behind the subscription: from now on nothing is missed
+        for number in range(3):
+            await hub.publish_command("mine", b"%d" % number, f"id-{number}")
+        await hub.publish_command("yours", b"x", "id-x")
+        await hub.publish_command("mine", b"3", "id-3")
+        await until(lambda: len(heard["mine"]) == 4 and heard["yours"])
+        told = [(command.previous, command.id, command.data) for command in heard["mine"]]
+        assert told == [
+            ("", "id-0", b"0"),
+            ("id-0", "id-1", b"1"),
+            ("id-1", "id-2", b"2"),
+            ("id-2", "id-3", b"3"),
+        ]
+        assert [(command.previous, command.id) for command in heard["yours"]] == [("", "id-x")]
+        assert [arrival.id for arrival in await commands_of(ends[0], 4)] == [f"id-{number}" for number in range(4)]
+        for end in ends:
+            await end.close()
+        await hub.close()
+
+    run_async(body)
+
+
+def test_what_is_kept_is_kept_on_as_many_servers_as_wanted(tmp_path: Path) -> None:
+    with ExitStack() as free:
+        sockets = [free.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(6)]
+        ports = [found.getsockname()[1] for found in sockets]
+    routes = [f"nats://127.0.0.1:{port}" for port in ports[3:]]
+    servers = []
+    for number in range(3):
+        folder = tmp_path / f"server-{number}"
+        arguments = ["--addr", "127.0.0.1", "--port", str(ports[number]), "--cluster", routes[number]]
+        arguments += ["--server_name", f"server-{number}", "--cluster_name", "test", "--routes", ",".join(routes)]
+        arguments += ["--jetstream", "--store_dir", str(folder)]
+        servers.append(subprocess.Popen([find_binary(), *arguments], stderr=subprocess.DEVNULL))
+
+    async def body() -> None:
+        hub = HubEnd(f"nats://127.0.0.1:{ports[0]}", "", replicas=3)
+        async with asyncio.timeout(30.0):
+            while not hub.connected:  # they have to find each other, and to choose one of them first
+                try:
+                    await hub.start()
+                except HubError:
+                    await asyncio.sleep(0.05)
+        connection = await Connection.open(f"nats://127.0.0.1:{ports[1]}", "", "test")
+        for stream in (COMMANDS, REPORTS, METRICS):
+            info = await connection.request(f"$JS.API.STREAM.INFO.{stream}")
+            assert info["config"]["num_replicas"] == 3
+            assert len(info["cluster"]["replicas"]) == 2  # beside the one that leads
+        await connection.close()
+        await hub.close()
+
+    try:
+        run_async(body)
+    finally:
+        for server in servers:
+            server.kill()
+        for server in servers:
+            server.wait()
+
+
+def test_many_are_let_in_together_and_a_deleted_key_is_made_anew(broker: Broker) -> None:
+    written = broker._config_file.stat().st_ino
+    seeds = broker.admit_all([f"run {number}" for number in range(50)])
+    assert len(set(seeds.values())) == 50
+    assert (now := broker._config_file.stat().st_ino) != written
+    assert broker.admit_all(["run 3", "run 7"]) == {run: seeds[run] for run in ("run 3", "run 7")}
+    assert broker._config_file.stat().st_ino == now  # the server was not disturbed
+    broker._key_file(f"run-{token_of('run 3')}").unlink()
+    seeds["run 3"] = broker.admit("run 3")
+
+    async def body() -> None:
+        for run in ("run 0", "run 3", "run 49"):
+            end = RunEnd(broker.url, seeds[run], run)
+            await end.connect()
+            await end.close()
+
     run_async(body)
 
 

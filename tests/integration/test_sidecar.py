@@ -27,6 +27,8 @@ from aetheria.loom.hub_file import HubAddress, read_hub_file, register
 from aetheria.loom.link import Link
 from aetheria.loom.messages import decode_heartbeat, decode_metrics
 from aetheria.loom.processes import is_running
+from aetheria.loom.run_end import ID, PREVIOUS
+from aetheria.loom.subjects import COMMANDS, subject
 from aetheria.loom.transport import HubEnd
 from aetheria.protocol import Outcome, Ping, encode
 
@@ -223,6 +225,25 @@ def test_the_way_there_and_back_is_short(trainer: Trainer, hub: Hub) -> None:
         until(lambda number=number: len(hub.answered()) == 2 * number + 4, trainer)
         times.append(time.perf_counter() - started)
     assert sorted(times)[15] < 0.1  # a bound for a busy machine
+
+
+def test_a_command_is_carried_out_before_it_is_stored(trainer: Trainer, hub: Hub) -> None:
+    hub.send(first := Ping(run=RUN))
+    until(lambda: hub.answered().count(first.id) == 2, trainer)
+    connection = hub._end._connection
+    assert connection is not None
+    hub._do(connection.request(f"$JS.API.STREAM.DELETE.{COMMANDS}"))
+    said = {second: Ping(run=RUN) for second in ("behind the first", "behind another")}
+    # Nobody stores these: what the training gets of them it has been told directly.
+    for command, previous in zip(said.values(), (first.id, "somebody-else"), strict=True):
+        headers = {ID: command.id, PREVIOUS: previous}
+        hub._do(connection.client.publish(subject(RUN, "cmd"), encode(command), headers=headers))
+    until(lambda: hub.answered().count(said["behind the first"].id) == 2, trainer)
+    assert trainer.taken == [first.id, said["behind the first"].id]
+    for command in said.values():  # as a hub does that was not told that they are stored
+        hub.send(command)
+    until(lambda: hub.answered().count(said["behind another"].id) == 2, trainer)
+    assert trainer.taken == [first.id, *(command.id for command in said.values())]
 
 
 def test_the_last_words_of_a_short_run_are_delivered(tmp_path: Path, hub: Hub, door: Door) -> None:

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import stat
+import subprocess
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ import httpx
 import pytest
 import websockets
 
+from aetheria.loom.broker import find_binary
+from aetheria.loom.keys import new_seed
 from aetheria.protocol import command_of, encode
 from hub_cases import HubProcess, running_hub, running_trainer, wait_for
 
@@ -399,6 +402,42 @@ def test_credentials_that_are_missing_are_told(tmp_path: Path) -> None:
         assert other.process.wait(20) == 2
     assert "--creds FILE" in other.log.read_text()
     assert "/nowhere cannot be read" in other.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--replicas", "3"], "cannot keep 3 replicas. Name a cluster of your own, with --nats URL and --creds FILE"),
+        (["--replicas", "0"], "0 replicas are not possible: JetStream keeps 1 to 5"),
+    ],
+)
+def test_replicas_that_cannot_be_are_told(tmp_path: Path, arguments: list[str], told: str) -> None:
+    other = HubProcess(tmp_path / "home", *arguments)
+    assert other.process.wait(20) == 2
+    assert told in other.log.read_text()
+
+
+def test_replicas_are_wanted_of_the_cluster(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = [find_binary(), "--addr", "127.0.0.1", "--port", str(port), "--jetstream", "--store_dir", tmp_path]
+    server = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+    try:
+        seed = tmp_path / "seed"
+        seed.write_text(new_seed())
+
+        def listens() -> bool:
+            with socket.socket() as attempt:
+                return attempt.connect_ex(("127.0.0.1", port)) == 0
+
+        wait_for(listens, "the server")
+        given = ["--nats", f"nats://127.0.0.1:{port}", "--creds", str(seed), "--replicas", "3"]
+        other = HubProcess(tmp_path / "home", *given)
+        assert other.process.wait(20) == 2
+        assert "replicas > 1 not supported" in other.log.read_text()  # the server says so: it is no cluster
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:

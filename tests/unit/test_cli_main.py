@@ -14,7 +14,7 @@ from aetheria.cli._errors import errors_told, tracebacks_kept
 from aetheria.errors import AetheriaError
 
 COMMANDS = {
-    "Train": ["train", "continue"],
+    "Train": ["train", "continue", "launch"],
     "Steer": [
         *("up", "down", "status", "watch", "set", "get", "knobs", "pause", "resume", "run-for", "stop", "rewind"),
         *("validate", "note", "health", "ping", "undo", "mcp"),

@@ -2,6 +2,7 @@
 
 from aetheria.accelerator.cpu import CPUAccelerator
 from aetheria.accelerator.cuda import GPUAccelerator
+from aetheria.accelerator.ddp import DDPAccelerator
 from aetheria.accelerator.device import DeviceAccelerator
 from aetheria.accelerator.mps import MPSAccelerator
 from aetheria.accelerator.select import create_accelerator
@@ -10,6 +11,7 @@ from aetheria.core import Accelerator, recursive_to_device
 __all__ = [
     "Accelerator",
     "CPUAccelerator",
+    "DDPAccelerator",
     "DeviceAccelerator",
     "GPUAccelerator",
     "MPSAccelerator",

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from aetheria.accelerator.ranks import launched_ranks
 from aetheria.config import TrainingConfig
 from aetheria.core import Accelerator
+from aetheria.errors import ConfigError
 from aetheria.registry import Registry
 
 __all__ = ["best_device", "create_accelerator", "deterministic"]
+
+_OF_RANKS = ("ddp",)
 
 
 def best_device() -> str:
@@ -32,9 +37,18 @@ def create_accelerator(config: TrainingConfig) -> Accelerator:
     name = best_device() if config.accelerator == "auto" else config.accelerator
     precision = config.precision or "mixed"
     # An accelerator of the user's own need not know about precision until somebody asks for one.
-    accelerator: Accelerator = Registry.build(
-        "accelerator", name, {} if precision == "fp32" else {"precision": precision}
-    )
+    params: dict[str, Any] = {} if precision == "fp32" else {"precision": precision}
+    if launched_ranks() > 1:
+        if name in ("cpu", "cuda"):
+            name, params = "ddp", params | {"device": name}
+        elif name == "mps":
+            raise ConfigError("accelerator mps: there is one in a machine, and no ranks on it. Launch one process.")
+    elif name in _OF_RANKS:
+        raise ConfigError(
+            f"accelerator {name} is for several ranks, and this process was launched alone. Launch them with "
+            "`aetheria launch --nproc N CONFIG`, or write accelerator: auto, which fits both."
+        )
+    accelerator: Accelerator = Registry.build("accelerator", name, params | config.accelerator_params)
     return accelerator
 
 

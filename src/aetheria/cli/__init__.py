@@ -17,6 +17,7 @@ from aetheria.cli import (
     hub,
     init,
     journal,
+    launch,
     mcp,
     plugins,
     predict,
@@ -45,6 +46,7 @@ TRAIN, STEER, LOOK, USE, SET_UP = "Train", "Steer", "Look", "Use", "Set up"
 
 app.command("train", rich_help_panel=TRAIN)(train.train)
 app.command("continue", rich_help_panel=TRAIN)(train.continue_)
+app.command("launch", rich_help_panel=TRAIN)(launch.launch)
 app.command("up", rich_help_panel=STEER)(hub.up)
 app.command("down", rich_help_panel=STEER)(hub.down)
 app.command("status", rich_help_panel=STEER)(hub.status)

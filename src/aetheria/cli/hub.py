@@ -37,12 +37,15 @@ def up(
         str | None, typer.Option("--nats", metavar="URL", help="Use this NATS server instead of starting one.")
     ] = None,
     creds: Annotated[Path | None, typer.Option("--creds", metavar="FILE", help="The credentials for --nats.")] = None,
+    replicas: Annotated[
+        int, typer.Option("--replicas", metavar="N", help="How many servers of --nats keep everything; 3 in a cluster.")
+    ] = 1,
 ) -> None:
     """Start the hub: runs on this machine find it, and can be watched and steered from then on."""
     from aetheria.client import connect, hub_folder
 
     if detach:
-        pid = start_detached(hub_folder(), port, nats, creds, join=False)
+        pid = start_detached(hub_folder(), port, nats, creds, replicas, join=False)
         with connect() as hub:
             typer.echo(f"The hub is running: {hub.url}, process {pid}. End it with: aetheria down")
             typer.echo(f"In a browser, once: {hub.browser_url()}")
@@ -52,11 +55,17 @@ def up(
     def tell(address: str) -> None:
         typer.echo(f"The hub is running. End it with Ctrl-C.\nIn a browser, once: {address}")
 
-    serve(hub_folder(), port=port, nats=nats, credentials=creds, ready=tell)
+    serve(hub_folder(), port=port, nats=nats, credentials=creds, replicas=replicas, ready=tell)
 
 
 def start_detached(
-    folder: Path, port: int | None = None, nats: str | None = None, creds: Path | None = None, *, join: bool = True
+    folder: Path,
+    port: int | None = None,
+    nats: str | None = None,
+    creds: Path | None = None,
+    replicas: int = 1,
+    *,
+    join: bool = True,
 ) -> int:
     """Starts a hub in the background, and returns its process once it can be found.
 
@@ -65,6 +74,7 @@ def start_detached(
         port: on 127.0.0.1; the last one, by default.
         nats: use this NATS server instead of starting one.
         creds: the credentials for it.
+        replicas: on how many of its servers everything is kept.
         join: where somebody else has started one at this very moment, be content with that.
 
     Raises:
@@ -75,7 +85,8 @@ def start_detached(
     from aetheria.loom.private_files import private_folder
 
     private_folder(folder)
-    options = {"--port": port, "--nats": nats, "--creds": None if creds is None else creds.absolute()}
+    options: dict[str, object] = {"--port": port, "--nats": nats, "--replicas": replicas if replicas != 1 else None}
+    options["--creds"] = None if creds is None else creds.absolute()
     given = [part for name, value in options.items() if value is not None for part in (name, str(value))]
     log = folder / "hub.log"
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

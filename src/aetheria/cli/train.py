@@ -37,7 +37,10 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="latest|PATH", help="Go on with the newest run, a run folder, or from a snapshot."),
+        typer.Option(
+            metavar="latest|auto|PATH",
+            help="Go on with the newest run, with what the same launch has begun (or begin), a run folder, a snapshot.",
+        ),
     ] = None,
     live: Live = None,
     quiet: Quiet = False,
@@ -80,7 +83,7 @@ def _find_hub(config: TrainingConfig) -> None:
     from aetheria.client.location import hub_folder, hub_is_running
     from aetheria.errors import HubError
 
-    if config.live == "off" or hub_is_running(hub_folder()):
+    if config.live == "off" or not _is_first() or hub_is_running(hub_folder()):
         return
     if config.live == "on":
         start_detached(hub_folder())
@@ -89,6 +92,13 @@ def _find_hub(config: TrainingConfig) -> None:
             start_detached(hub_folder())
         except HubError as error:
             typer.echo(f"This run cannot be steered: {error}", err=True)
+
+
+def _is_first() -> bool:
+    """Returns whether this is the rank that talks to people; known before torch is imported."""
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _run(config: TrainingConfig, resume_from: str | Path | None, quiet: bool) -> None:
@@ -109,9 +119,11 @@ def _run(config: TrainingConfig, resume_from: str | Path | None, quiet: bool) ->
         except KeyboardInterrupt as error:
             if not hasattr(orchestrator, "folder"):
                 raise  # there is no run yet that could be continued
-            typer.echo(f"{error}\n\nContinue with:\n  {_continue_command(orchestrator.folder)}", err=True)
+            if _is_first():
+                typer.echo(f"{error}\n\nContinue with:\n  {_continue_command(orchestrator.folder)}", err=True)
             raise typer.Exit(130) from None
-    _print_result(result, config)
+    if _is_first():
+        _print_result(result, config)
     if result.signal is not None:
         raise typer.Exit(128 + result.signal)
 

@@ -111,7 +111,7 @@ class _View:
         try:
             _, values = self.run.metrics(name, points=_POINTS)
             return [float(value) for value in values[-_POINTS:]]
-        except AetheriaError:  # its folder is on another machine: the curve begins now
+        except AetheriaError:  # its folder is elsewhere, and nothing of it has arrived: the curve begins now
             return []
 
     def _add(self, name: str, value: float | None) -> None:

@@ -6,23 +6,20 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
-import httpx
 import msgspec
 
+from aetheria.client.exchange import Answer, Exchange, LostError, UnreachableError
 from aetheria.client.location import NOT_RUNNING
 from aetheria.client.models import Event
 from aetheria.errors import CommandError, HubError, RunFolderError
 
 __all__ = ["LostError", "Wire"]
 
-Answer = TypeVar("Answer")
+Kind = TypeVar("Kind")
 
 _PATIENCE = 60.0  # seconds for which a hub that was there is waited for
-
-
-class LostError(HubError):
-    """A connection that broke: what was asked for may have happened."""
 
 
 class Wire:
@@ -36,25 +33,24 @@ class Wire:
     def __init__(self, url: str, token: str) -> None:
         self.url = url
         self._headers = {"Authorization": f"Bearer {token}"}
-        self._http = httpx.AsyncClient(
-            base_url=url,
-            headers=self._headers,
-            trust_env=False,  # a proxy has no business between this machine and itself
-            timeout=httpx.Timeout(30.0, connect=5.0),
-            limits=httpx.Limits(max_connections=100),
-        )
+        self._exchange = Exchange(url, self._headers)
 
     async def close(self) -> None:
         """Gives the connections back."""
-        await self._http.aclose()
+        await self._exchange.close()
 
-    async def get(self, path: str, kind: type[Answer], **options: Any) -> Answer:
+    async def get(self, path: str, kind: type[Kind], **options: Any) -> Kind:
         """Returns what the hub answers, as that type; raises as `request` does."""
         answer = await self.request("GET", path, **options)
         return msgspec.json.decode(answer.content, type=kind)
 
-    async def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+    async def request(self, method: str, path: str, **options: Any) -> Answer:
         """Returns the hub's answer.
+
+        Args:
+            method: "GET", "POST", ...
+            path: quoted.
+            **options: those of `Exchange.ask`.
 
         Raises:
             HubError: the hub does not run, or refuses to talk; `LostError` where the connection broke.
@@ -62,19 +58,17 @@ class Wire:
             CommandError: it refuses what was asked.
         """
         try:
-            answer = await self._http.request(method, path, **options)
-        except httpx.ConnectError as error:
+            answer = await self._exchange.ask(method, path, **options)
+        except UnreachableError as error:
             raise HubError(NOT_RUNNING) from error
-        except httpx.HTTPError as error:
-            raise LostError(f"the hub at {self.url} does not answer: {error!r}.") from error
-        if answer.is_success:
+        if answer.status < 300:
             return answer
         told = _detail(answer.content)
-        if answer.status_code == 404:
+        if answer.status == 404:
             raise RunFolderError(told)
-        if answer.status_code in (409, 413, 422, 429):
+        if answer.status in (409, 413, 422, 429):
             raise CommandError(told)
-        raise HubError(told if answer.status_code < 500 or "{" not in told else f"the hub failed: {told}")
+        raise HubError(told if answer.status < 500 or "{" not in told else f"the hub failed: {told}")
 
     async def watch(self, run: str | None = None, since: int | None = None) -> AsyncIterator[Event]:
         """Yields what happens; see `AsyncHub.watch`."""
@@ -84,9 +78,7 @@ class Wire:
         lost: float | None = None  # when the connection was lost
         connected = False
         while True:
-            query = httpx.QueryParams(
-                {name: value for name, value in (("since", since), ("run", run)) if value is not None}
-            )
+            query = urlencode({name: value for name, value in (("since", since), ("run", run)) if value is not None})
             try:
                 async with websockets.connect(
                     f"{address}?{query}",

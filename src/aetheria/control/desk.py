@@ -47,10 +47,12 @@ class Action(NamedTuple):
     Attributes:
         perform: does it, at a boundary.
         check: raises `CommandError` where it cannot be done now; changes nothing.
+        together: whether ranks talk to one another while they do it: one that fails must then end them all.
     """
 
     perform: Callable[[Any], Done | None]
     check: Callable[[Any], object] = lambda command: None
+    together: bool = False
 
 
 class Desk:
@@ -66,6 +68,8 @@ class Desk:
         actions: how to carry out every other operation that this run can do, by name.
         tell: is told every outcome.
         fingerprint: returns a digest of the weights; asked after each change of the training.
+        vote: of several ranks, each of which has a desk and deals with the same commands at the same boundary: is told
+            this one's problem, or none, and returns the problem that is everybody's.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Desk:
         actions: Mapping[str, Action],
         tell: Callable[[Outcome], object],
         fingerprint: Callable[[], str] = lambda: "",
+        vote: Callable[[str], str] | None = None,
     ) -> None:
         self.run = run
         self.journal = journal
@@ -85,7 +90,13 @@ class Desk:
         self.closed = ""  # why nothing is accepted any more
         self._tell = tell
         self._fingerprint = fingerprint
+        self._alone = vote is None
+        self._vote = vote or (lambda problem: problem)
         self._planned: list[tuple[Boundary, AnyCommand, Outcome]] = []
+
+    def answer_alone(self) -> None:
+        """From here on no other rank is asked: nothing takes effect any more."""
+        self._vote = lambda problem: problem
 
     # --- an earlier life -------------------------------------------------------------------------------------------
     def continue_from(self, position: int) -> None:
@@ -136,10 +147,8 @@ class Desk:
                 raise CommandError(f"{command.op_name} cannot be replayed at step {boundary.step}: {outcome.message}")
             return
         done_before = earlier.state == "applied"
-        try:
-            self._check_action(command)
-        except CommandError as error:
-            outcome = self._end(command, "failed", boundary, str(error), again=done_before)
+        if problem := self._vote(_problem(lambda: self._check_action(command))):
+            outcome = self._end(command, "failed", boundary, problem, again=done_before)
         else:
             outcome = self._perform(command, boundary, again=done_before)
         if done_before and outcome.state == "failed":
@@ -174,10 +183,8 @@ class Desk:
         known = self.journal.outcome(command.id)
         if known is not None:
             return self._answer(known)
-        try:
-            self._check(command, step)
-        except CommandError as error:
-            outcome = self._outcome(command, "rejected", boundary, message=str(error))
+        if problem := self._vote(_problem(lambda: self._check(command, step))):
+            outcome = self._outcome(command, "rejected", boundary, message=problem)
             if not command.dry_run:
                 self._write_down(outcome, command, durable=False)
             return self._answer(outcome)
@@ -187,8 +194,9 @@ class Desk:
         try:
             self.journal.append(accepted, command)
         except OSError as error:
-            reason = f"the journal cannot be written: {error}. Nothing was changed."
-            return self._answer(self._outcome(command, "rejected", boundary, message=reason))
+            problem = f"the journal cannot be written: {error}. Nothing was changed."
+        if problem := self._vote(problem):
+            return self._answer(self._outcome(command, "rejected", boundary, message=problem))
         self._answer(accepted)
         return self._perform(command, boundary)
 
@@ -221,7 +229,9 @@ class Desk:
     def _perform(self, command: AnyCommand, boundary: Boundary, again: bool = False) -> Outcome:
         try:
             done = self.actions[command.op_name].perform(command) or Done()
-        except Exception as error:  # noqa: BLE001 - said in the outcome, with its traceback in the log; training goes on
+        except Exception as error:  # said in the outcome, with its traceback in the log; training goes on
+            if self.actions[command.op_name].together and not self._alone and not isinstance(error, CommandError):
+                raise
             logger.warning("{} failed at step {}: {}", command.op_name, boundary.step, traceback.format_exc())
             notes = " ".join(getattr(error, "__notes__", ()))
             message = f"{error}" if isinstance(error, CommandError) else f"{type(error).__name__}: {error}"
@@ -274,8 +284,16 @@ class Desk:
         self.knobs.check(command.args.values)
 
     def _set(self, command: Set) -> Done:
-        change = self.knobs.apply(self.knobs.check(command.args.values))
+        change = self.knobs.apply(self.knobs.check(command.args.values), self._vote)
         return Done("; ".join(change.remarks), {"before": change.before, "after": change.after})
+
+
+def _problem(check: Callable[[], object]) -> str:
+    try:
+        check()
+    except CommandError as error:
+        return str(error)
+    return ""
 
 
 def _id_in(data: bytes) -> str:

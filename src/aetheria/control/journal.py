@@ -38,6 +38,7 @@ class Journal:
 
     Args:
         path: `journal.jsonl`; made if it is not there.
+        copy: what is in the file, for a rank that does not write it: then nothing is written here.
 
     Attributes:
         repaired: what had to be repaired, for people; empty when nothing had to be.
@@ -46,7 +47,7 @@ class Journal:
         RunFolderError: a line in the middle cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, copy: bytes | None = None) -> None:
         self.path = path
         self.entries: list[Entry] = []
         self.repaired = ""
@@ -54,13 +55,16 @@ class Journal:
         self._outcomes: dict[str, Outcome] = {}
         self._commands: dict[str, tuple[int, AnyCommand]] = {}
         good = 0
-        if path.exists():
-            data = path.read_bytes()
+        self._file = -1
+        if copy is not None or path.exists():
+            data = path.read_bytes() if copy is None else copy
             for entry, end in _entries(data, path):
                 self._remember(entry)
                 good = end
             if good < len(data):
                 self.repaired = f"the last line of {path.name} was torn ({len(data) - good} bytes); it is cut off."
+        if copy is not None:
+            return
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if self.repaired:
             os.ftruncate(self._file, good)
@@ -84,6 +88,9 @@ class Journal:
             OSError: it could not be written; then it is not in the journal, and the command must not take effect.
         """
         entry = Entry(seq=self.position + 1, outcome=outcome, command=command, position=position)
+        if self._file == -1:
+            self._remember(entry)
+            return entry
         line = memoryview(msgspec.json.encode(entry) + b"\n")
         try:
             written = 0
@@ -160,7 +167,8 @@ class Journal:
 
     def close(self) -> None:
         """Closes the file."""
-        os.close(self._file)
+        if self._file != -1:
+            os.close(self._file)
 
 
 def effective(entries: list[Entry], position: int = 0) -> list[Entry]:

@@ -120,7 +120,7 @@ class Knobs:
             raise CommandError(" ".join(refusals))
         return checked
 
-    def apply(self, checked: Mapping[str, Any]) -> Change:
+    def apply(self, checked: Mapping[str, Any], vote: Callable[[str], str] = lambda problem: problem) -> Change:
         """Gives knobs their new values; if one setter raises, all get their old values back.
 
         Their order does not matter: a setter that refuses is asked again after the others, for it may only have
@@ -128,9 +128,12 @@ class Knobs:
 
         Args:
             checked: what `check` returned.
+            vote: is told the problem, or that there is none, before the new values stand, and returns whose problem is
+                everybody's: several ranks get their new values all of them, or none.
 
         Raises:
             Exception: whatever the setter raised; its notes say what could not be put back.
+            CommandError: somebody else's setter did.
         """
         before = {key: self.observed(key) for key in checked}
         kept = {key: keep() for key in checked if (keep := self._knobs[key].keep) is not None}
@@ -147,15 +150,26 @@ class Knobs:
             self._first.setdefault(key, before[key])
             self._last[key] = checked[key]
 
+        def undo(error: Exception) -> None:
+            self._last, self._first = last, first
+            for key in reversed(done):
+                self._put_back(key, before[key], kept.get(key), error)
+
         try:
             for error in _in_any_order(checked, put).values():
                 raise error
             after = {key: self.observed(key) for key in checked}
         except Exception as error:
-            self._last, self._first = last, first
-            for key in reversed(done):
-                self._put_back(key, before[key], kept.get(key), error)
+            own = f"{type(error).__name__}: {error}"
+            problem = vote(own)
+            undo(error)
+            if problem != own:
+                raise CommandError(problem) from error
             raise
+        if problem := vote(""):
+            refused = CommandError(problem)
+            undo(refused)
+            raise refused
         return Change(before, after, remarks)
 
     def _put_back(self, key: str, value: Any, put_back: Callable[[], None] | None, error: Exception) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from aetheria.loom.messages import Point
+
 __all__ = ["Line", "NoLine"]
 
 
@@ -23,6 +25,10 @@ class Line(Protocol):
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Says the metrics of a step."""
+        ...
+
+    def hand_over(self, points: list[Point]) -> None:
+        """Says the metrics in a list, and takes them out of it; another thread may append to it meanwhile."""
         ...
 
     def beat(self, step: int) -> None:
@@ -52,6 +58,9 @@ class NoLine:
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
+
+    def hand_over(self, points: list[Point]) -> None:
+        points.clear()
 
     def beat(self, step: int) -> None:
         pass

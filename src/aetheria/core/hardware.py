@@ -100,6 +100,7 @@ class Accelerator(ABC):
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    ranks: Any = None  # what several ranks talk to one another with: `aetheria.control.agreement.Group`
 
     @property
     @abstractmethod
@@ -186,8 +187,42 @@ class Accelerator(ABC):
         """Returns the value reduced over all ranks; shape and dtype stay."""
         return value
 
+    def sum_later(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Starts to add a tensor up over all ranks, in place; returns what waits for the sum and returns it."""
+        return lambda: tensor
+
     def barrier(self) -> None:  # noqa: B027 - a hook
         """Waits until every rank is here."""
+
+    def main_says(self, function: Callable[[], bytes]) -> bytes:
+        """Returns on every rank what a function returns on the main process, which alone calls it.
+
+        Raises:
+            RankError: it raised there; there, the exception itself.
+        """
+        return function()
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Returns on every rank what each of them gives, by rank."""
+        return [data]
+
+    def once_per_node(self, function: Callable[[], object]) -> None:
+        """Calls a function on one rank of each node; the others wait for it, however long it takes.
+
+        Raises:
+            RankError: it raised there; there, the exception itself.
+        """
+        function()
+
+    def follow(self, model: AetherModel) -> None:  # noqa: B027 - a hook
+        """Takes note of which parameters are trained now; called when some have been frozen or thawed."""
+
+    def share_buffers(self, model: AetherModel) -> None:  # noqa: B027 - a hook
+        """Gives every rank the main process's buffers: before they are saved, or evaluated with."""
+
+    def explain(self, error: BaseException) -> BaseException:
+        """Returns what ended the run, if that was another rank; else the error, which the others are told."""
+        return error
 
     # --- host and device -------------------------------------------------------------------------------------------
     def read(self, tensor: Tensor) -> Reading:

@@ -151,12 +151,25 @@ class AetherDataModule(ABC):
 class MicroBatch:
     """What a loader hands to the loop: the user's batch and what the sampler knows about it.
 
+    Where several ranks train, they take their micro-batches side by side: the samples of all of them together lie next
+    to one another in the order. At the end of the data there may be fewer samples than ranks; a rank that is left
+    without one gets somebody else's, so that it has something to compute on, with a size of 0, so that it counts for
+    nothing.
+
     Attributes:
         data: the batch as the collate function made it.
-        size: the number of samples in it.
+        size: the number of samples in it that count.
         ids: the stable ids of those samples, int64 of shape [size]; None for iterables, which have none.
+        total: the number of samples in the micro-batches of all ranks; `size` where there is one rank.
+        all_ids: the ids of those.
     """
 
     data: Any
     size: int
     ids: Any = None
+    total: int = -1
+    all_ids: Any = None
+
+    def __post_init__(self) -> None:
+        if self.total < 0:
+            self.total, self.all_ids = self.size, self.ids

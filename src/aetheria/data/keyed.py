@@ -111,35 +111,48 @@ class KeyedBatchSampler:
         order: the order to follow.
         batch_size: samples in a batch; None when each item is a batch: single keys are then yielded.
         stop: position at which every epoch ends.
+        share: which rank's part of them, and of how many. The ranks' batches lie side by side in the order.
 
     Attributes:
         epoch: which epoch's order to follow.
-        start: position in the epoch at which to begin.
-        issued: the ids of the batches that were handed out and not taken yet, oldest first: int64 arrays.
+        start: position in the epoch at which to begin, of all ranks together.
+        issued: what was handed out and not taken yet, oldest first: the ids of the batch, and of those of all ranks.
     """
 
-    def __init__(self, order: KeyedOrder, batch_size: int | None, stop: int) -> None:
+    def __init__(self, order: KeyedOrder, batch_size: int | None, stop: int, share: tuple[int, int] = (0, 1)) -> None:
         self.order = order
         self.batch_size = batch_size
         self.stop = stop
+        self.share = share
         self.epoch = 0
         self.start = 0
-        self.issued: deque[NDArray[np.int64]] = deque()
+        self.issued: deque[tuple[NDArray[np.int64], NDArray[np.int64]]] = deque()
 
     def __iter__(self) -> Iterator[list[Key] | Key]:
         self.issued = deque()
         return self._batches(self.epoch, self.start, self.issued)
 
-    def _batches(self, epoch: int, start: int, issued: deque[NDArray[np.int64]]) -> Iterator[list[Key] | Key]:
-        size = self.batch_size or 1
-        for first in range(start, self.stop, size):
-            ids = self.order.ids(epoch, first, min(first + size, self.stop))
-            issued.append(ids)
-            keys = [(epoch, identity) for identity in ids.tolist()]
+    @property
+    def row(self) -> int:
+        """The samples in the batches that all ranks take side by side."""
+        return (self.batch_size or 1) * self.share[1]
+
+    def _batches(
+        self, epoch: int, start: int, issued: deque[tuple[NDArray[np.int64], NDArray[np.int64]]]
+    ) -> Iterator[list[Key] | Key]:
+        rank, ranks = self.share
+        for first in range(start, self.stop, self.row):
+            together = self.order.ids(epoch, first, min(first + self.row, self.stop))
+            ids = together
+            if ranks > 1:  # as evenly as they go: a short row is shared by all, not taken by the first
+                count = len(together)
+                ids = together[count * rank // ranks : count * (rank + 1) // ranks]
+            issued.append((ids, together))
+            keys = [(epoch, identity) for identity in (ids if len(ids) else together[:1]).tolist()]
             yield keys[0] if self.batch_size is None else keys
 
     def __len__(self) -> int:
-        return math.ceil(self.stop / (self.batch_size or 1))
+        return math.ceil(self.stop / self.row)
 
 
 class ReplayedSampler:
@@ -178,7 +191,7 @@ class ReplayedSampler:
         self.shared = shared
         self.epoch = 0
         self.start = 0
-        self.issued: deque[NDArray[Any]] = deque()
+        self.issued: deque[tuple[NDArray[Any], NDArray[Any]]] = deque()
         self._finished_epochs = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -189,10 +202,11 @@ class ReplayedSampler:
         self.issued = deque()
         return self._keys(self.epoch, self.start, self.issued)
 
-    def _keys(self, epoch: int, start: int, issued: deque[NDArray[Any]]) -> Iterator[Any]:
+    def _keys(self, epoch: int, start: int, issued: deque[tuple[NDArray[Any], NDArray[Any]]]) -> Iterator[Any]:
         for drawn in itertools.islice(self._draw(epoch), start, None):
             indices = list(drawn) if self.batched else [drawn]
-            issued.append(_as_ids(indices))
+            ids = _as_ids(indices)
+            issued.append((ids, ids))
             keys = [(epoch, index) for index in indices]
             yield keys if self.batched else keys[0]
         self._finished_epochs = max(self._finished_epochs, epoch + 1)

@@ -19,6 +19,7 @@ from torch.utils.data import (
 from aetheria.data.iterables import IterableSource, StatefulSource, WatchedIterable
 from aetheria.data.keyed import KeyedBatchSampler, KeyedDataset, ReplayedSampler, draws_nothing
 from aetheria.data.order import KeyedOrder, mix
+from aetheria.data.ranked import RankedSource
 from aetheria.data.sources import BatchSource, DatasetSource, SequenceSource, length_of
 from aetheria.data.workers import WorkerStart
 from aetheria.errors import DataError
@@ -37,6 +38,7 @@ def prepare_loader(
     window_batches: int = 1,
     limit: int | None = None,
     expected_batch_size: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> BatchSource:
     """Takes over a user's loader, as `docs/determinism.md` tells.
 
@@ -50,15 +52,22 @@ def prepare_loader(
         seed: of the run.
         seed_samples: whether to seed the global generators for each sample that is read.
         window_batches: micro-batches in a window; with `drop_last`, short windows are dropped.
-        limit: micro-batches in an epoch at most.
+        limit: micro-batches in an epoch at most, of each rank.
         expected_batch_size: what the configuration says, to be compared with the loader.
+        share: which rank this is, and of how many.
 
     Raises:
         DataError: the loader is empty, smaller than a window, of another batch size, or not iterable.
     """
     name = f"{role}_dataloader"
+    ranks = share[1]
+    whole = None if limit is None else limit * ranks
+
+    def shared(source: BatchSource) -> BatchSource:
+        return source if ranks == 1 else RankedSource(source, *share)
+
     if not isinstance(loader, DataLoader):
-        return _not_a_dataloader(loader, name, seed, seed_samples, limit)
+        return shared(_not_a_dataloader(loader, name, seed, seed_samples, whole))
     batches = loader.batch_sampler
     size = batches.batch_size if type(batches) is BatchSampler else None
     if role == "train" and None not in (size, expected_batch_size) and size != expected_batch_size:
@@ -67,7 +76,7 @@ def prepare_loader(
             "batch_size on to the DataLoader, or leave batch_size out of the configuration."
         )
     if isinstance(loader.dataset, IterableDataset) or _iterates_its_own_way(loader):
-        return _iterable(loader, seed, seed_samples, limit)
+        return shared(_iterable(loader, seed, seed_samples, whole))
 
     dataset = KeyedDataset(
         loader.dataset,
@@ -78,21 +87,24 @@ def prepare_loader(
     )
     batched = batches is not None
     if (shuffle := _standard_order(loader)) is None:
-        shared = None if role == "train" else loader.dataset
+        uncopied = None if role == "train" else loader.dataset
         chosen: Iterable[Any] = loader.sampler if batches is None else batches
-        replayed = ReplayedSampler(chosen, _samplers(loader), seed, limit, batched, shared)
-        return DatasetSource(_rebuilt(loader, dataset, replayed), replayed, seed, batched)
+        replayed = ReplayedSampler(chosen, _samplers(loader), seed, whole, batched, uncopied)
+        return shared(DatasetSource(_rebuilt(loader, dataset, replayed), replayed, seed, batched))
 
     length = _checked_length(loader.dataset, name)
+    window = (size or 1) * window_batches
     if role == "train":
-        _check_window(name, length, size, window_batches)
+        _check_window(name, length, size, window_batches, ranks)
+        window *= ranks
     drop_last = type(batches) is BatchSampler and batches.drop_last
-    stop = length - length % ((size or 1) * window_batches) if drop_last else length
-    if limit is not None:
-        stop = min(stop, limit * (size or 1))
+    stop = length - length % window if drop_last else length
+    if whole is not None:
+        stop = min(stop, whole * (size or 1))
     # Validation keeps one order for ever: an order by epoch would compare different samples under a limit.
-    sampler = KeyedBatchSampler(KeyedOrder(length, seed, shuffle), size, stop)
-    return DatasetSource(_rebuilt(loader, dataset, sampler), sampler, seed, batched)
+    sampler = KeyedBatchSampler(KeyedOrder(length, seed, shuffle), size, stop, share if batched else (0, 1))
+    source = DatasetSource(_rebuilt(loader, dataset, sampler), sampler, seed, batched)
+    return source if batched else shared(source)
 
 
 def _checked_length(dataset: Any, name: str) -> int:
@@ -107,13 +119,17 @@ def _checked_length(dataset: Any, name: str) -> int:
     return length
 
 
-def _check_window(name: str, length: int, size: int | None, window_batches: int) -> None:
-    window = (size or 1) * window_batches
+def _check_window(name: str, length: int, size: int | None, window_batches: int, ranks: int) -> None:
+    window = (size or 1) * window_batches * ranks
     if window > length:
         unit = "samples" if size else "batches"
         parts = f"batch_size {size}" if size else "one batch"
         if window_batches > 1:
-            parts += f" x grad_accumulation_steps {window_batches} = {window}"
+            parts += f" x grad_accumulation_steps {window_batches}"
+        if ranks > 1:
+            parts += f" x {ranks} ranks"
+        if window_batches * ranks > 1:
+            parts += f" = {window}"
         raise DataError(f"{parts} is larger than the data: {name} has {length} {unit}. Lower it, or add data.")
 
 

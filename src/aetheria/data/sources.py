@@ -42,6 +42,22 @@ class BatchSource(ABC):
     def iterate(self, cursor: Cursor) -> Iterator[MicroBatch]:
         """Yields the rest of the cursor's epoch, beginning right after what the cursor has consumed."""
 
+    def continued(self, cursor: Cursor, ranks: int) -> None:
+        """Puts a cursor right that another number of ranks has left behind.
+
+        Args:
+            cursor: is changed: `batches` becomes what it would be here.
+            ranks: that have trained until then.
+
+        Raises:
+            DataError: between their last micro-batch and the next there is no place where these could begin.
+        """
+        if ranks != 1:
+            raise DataError(
+                f"the snapshot is of {ranks} ranks, in the middle of an epoch of data that are not addressed by "
+                "position. Continue it with as many ranks, or from the end of an epoch."
+            )
+
     def close(self) -> None:  # noqa: B027 - a hook
         """Ends worker processes that outlive an epoch, here and now; left to the garbage collector they linger."""
 
@@ -87,8 +103,18 @@ class DatasetSource(BatchSource):
         batches = begin(self.loader)
         issued = self.sampler.issued
         for data in batches:
-            ids = issued.popleft()
-            yield MicroBatch(data, len(ids), ids) if self.batched else MicroBatch(data, batch_size_of(data))
+            ids, together = issued.popleft()
+            if self.batched:
+                yield MicroBatch(data, len(ids), ids, len(together), together)
+            else:
+                yield MicroBatch(data, batch_size_of(data))
+
+    def continued(self, cursor: Cursor, ranks: int) -> None:
+        if isinstance(self.sampler, KeyedBatchSampler) and self.batched:
+            left = -(-(self.sampler.stop - cursor.samples) // self.sampler.row)
+            cursor.batches = len(self.sampler) - left
+        else:
+            super().continued(cursor, ranks)
 
     def close(self) -> None:
         self.loader._iterator = None  # a DataLoader with persistent workers keeps them for as long as it keeps this
@@ -135,7 +161,7 @@ class FixedSource(BatchSource):
 
     def iterate(self, cursor: Cursor) -> Iterator[MicroBatch]:
         for batch in self.batches[cursor.batches :]:
-            yield MicroBatch(batch.data, batch.size, batch.ids)
+            yield MicroBatch(batch.data, batch.size, batch.ids, batch.total, batch.all_ids)
 
 
 def length_of(batches: Any) -> int | None:

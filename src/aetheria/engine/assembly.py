@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aetheria.config import TrainingConfig
-from aetheria.core import AetherDataModule, AetherModel, Callback
+from aetheria.core import Accelerator, AetherDataModule, AetherModel, Callback
 from aetheria.data import BatchSource, prepare_loader
 from aetheria.data.order import mix
 from aetheria.data.randomness import isolated_generators
@@ -26,8 +26,12 @@ def _load_plugins(config: TrainingConfig) -> None:
     Registry.load_plugins(config.source.parent / "plugins" if config.source else None)
 
 
-def build_model_and_data(config: TrainingConfig) -> tuple[AetherModel, AetherDataModule]:
+def build_model_and_data(config: TrainingConfig, world_size: int = 1) -> tuple[AetherModel, AetherDataModule]:
     """Builds what a configuration names, each on generators seeded for it alone.
+
+    Args:
+        config: of the run.
+        world_size: the number of ranks that share a global batch.
 
     Raises:
         ConfigError: it names no model or no data, or a parameter does not fit.
@@ -41,7 +45,7 @@ def build_model_and_data(config: TrainingConfig) -> tuple[AetherModel, AetherDat
     assert config.model_name is not None
     assert config.data_name is not None
     data_params: dict[str, Any] = dict(config.data_params)
-    size = config.micro_batch_size(world_size=1)
+    size = config.micro_batch_size(world_size)
     if size is not None and "batch_size" in Registry.parameters("data", config.data_name):
         data_params.setdefault("batch_size", size)
     with isolated_generators(mix(config.seed, DATA_STREAM)):
@@ -102,19 +106,21 @@ class Loaders:
                 source.close()
 
 
-def prepare_loaders(data: AetherDataModule, config: TrainingConfig, world_size: int) -> Loaders:
+def prepare_loaders(data: AetherDataModule, config: TrainingConfig, accelerator: Accelerator) -> Loaders:
     """Sets a data module up and takes its loaders over.
 
     Raises:
         DataError: a loader is empty, smaller than a batch, or something else than a loader.
     """
+    share = accelerator.rank, accelerator.world_size
     with isolated_generators(mix(config.seed, DATA_STREAM)):
-        data.prepare_data()
+        accelerator.once_per_node(data.prepare_data)
         data.setup()
         train_loader, val_loader = data.train_dataloader(), data.val_dataloader()
 
     def prepared(loader: Iterable[Any], role: Literal["train", "val"], **options: Any) -> BatchSource:
-        return prepare_loader(loader, role=role, seed=config.seed, seed_samples=config.sample_seeding, **options)
+        options |= {"seed": config.seed, "seed_samples": config.sample_seeding, "share": share}
+        return prepare_loader(loader, role=role, **options)
 
     if train_loader is None:
         raise DataError("train_dataloader returned None; expected a DataLoader, a list of batches or an iterable.")
@@ -123,7 +129,7 @@ def prepare_loaders(data: AetherDataModule, config: TrainingConfig, world_size: 
         "train",
         window_batches=config.grad_accumulation_steps,
         limit=config.limit_train_batches,
-        expected_batch_size=config.micro_batch_size(world_size),
+        expected_batch_size=config.micro_batch_size(accelerator.world_size),
     )
     warnings = [train.warning] if train.warning else []
     if config.overfit_batches is not None:

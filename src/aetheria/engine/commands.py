@@ -6,6 +6,7 @@ from abc import abstractmethod
 from contextlib import closing
 from typing import Any
 
+from aetheria.control.decision import Decision, Wishes
 from aetheria.control.desk import Boundary
 from aetheria.core import AetherDataModule, OptimizerPlan
 from aetheria.data import BatchSource, prepare_loader
@@ -14,8 +15,7 @@ from aetheria.engine.evaluation import evaluate
 from aetheria.engine.health import check_health
 from aetheria.engine.hooks import Hooks
 from aetheria.engine.loop_state import LoopState
-from aetheria.engine.signals import StopSignals
-from aetheria.engine.state import RunParts
+from aetheria.engine.state import Restored, RunParts
 from aetheria.engine.steering import Steering, describe
 from aetheria.engine.window import WindowRunner
 from aetheria.errors import CommandError
@@ -34,7 +34,6 @@ class CommandedRun(RunContext):
     _hooks: Hooks
     _parts: RunParts
     _runner: WindowRunner
-    _signals: StopSignals
     _snapshot_at_end: bool
     _steering: Steering
 
@@ -52,7 +51,18 @@ class CommandedRun(RunContext):
         return Boundary(self.global_step, self.epoch, self.state.cursor.windows)
 
     def stop_requested(self) -> bool:
-        return self._signals.received is not None or bool(self._stop_reason)
+        return self._signal is not None or bool(self._stop_reason)
+
+    def signal_received(self) -> int:
+        return self._signals.received or 0
+
+    def act_on(self, decision: Decision) -> None:
+        self._agreed = self._agreed.and_then(decision._replace(commands=(), save=0))
+
+    def _wishes(self) -> Wishes:
+        commands = self._steering.arrived() if self.accelerator.is_main_process else []
+        alike = f"revision {self._steering.desk.revision} of {self.config!r}"
+        return Wishes(self.signal_received(), self._wished_stop, self._keeper.wish, commands, alike)
 
     def save_now(self, reason: str, pinned: bool) -> None:
         self._save(reason, pinned)
@@ -77,7 +87,7 @@ class CommandedRun(RunContext):
 
     def _move_to(self, snapshot: Snapshot, step: int) -> int:
         restored = self._parts.restore(snapshot)
-        self.state = LoopState.from_state(restored.loop)
+        self._take_over(restored)
         self._keeper.rewound_to(step, self._steering.desk.revision + 1)
         self._reporter.begin_again(self._recorder_from, step)
         self._runner = self._new_runner()
@@ -85,6 +95,11 @@ class CommandedRun(RunContext):
         for warning in restored.warnings:
             self.record("warning", warning)
         return restored.position
+
+    def _take_over(self, restored: Restored) -> None:
+        self.state = LoopState.from_state(restored.loop)
+        if restored.ranks != self.accelerator.world_size and self.state.cursor.batches:
+            self._train.continued(self.state.cursor, restored.ranks)
 
     def validate_now(self) -> dict[str, float]:
         if self._val is None:
@@ -97,7 +112,10 @@ class CommandedRun(RunContext):
         loader = self.data.test_dataloader()
         if loader is None:
             raise CommandError("this run has no test data: test_dataloader() returns None.")
-        source = prepare_loader(loader, role="test", seed=self.config.seed, seed_samples=self.config.sample_seeding)
+        share = self.accelerator.rank, self.accelerator.world_size
+        source = prepare_loader(
+            loader, role="test", seed=self.config.seed, seed_samples=self.config.sample_seeding, share=share
+        )
         with closing(source):
             step = self.accelerator.step_function(self.model, "test_step")
             found = evaluate(self.model, source, self.accelerator, step, seed=self.config.seed)

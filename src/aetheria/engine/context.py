@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aetheria.config import TrainingConfig
+from aetheria.control.decision import Decision
 from aetheria.core import Accelerator, AetherModel, RunEvent
 from aetheria.data import BatchSource
 from aetheria.engine.keeper import SnapshotKeeper
@@ -18,6 +19,7 @@ from aetheria.engine.loop_state import LoopState
 from aetheria.engine.opening import OpenedRun
 from aetheria.engine.reporting import Reporter
 from aetheria.engine.schedules import Schedules
+from aetheria.engine.signals import StopSignals
 from aetheria.snapshot import KeepBest
 
 __all__ = ["RunContext"]
@@ -42,8 +44,24 @@ class RunContext:
     _train: BatchSource
     _keeper: SnapshotKeeper
     _reporter: Reporter
+    _signals: StopSignals
     _pending: bool = False
-    _stop_reason: str = ""
+    _wished_stop: str = ""
+    _agreed: Decision = Decision()  # what all ranks have agreed on, where there are several
+
+    @property
+    def _alone(self) -> bool:
+        return self.accelerator.world_size == 1
+
+    @property
+    def _stop_reason(self) -> str:
+        """Why the run is to end; of several ranks, once they have agreed on it."""
+        return self._wished_stop if self._alone else self._agreed.stop
+
+    @property
+    def _signal(self) -> int | None:
+        """The signal that ends the run; of several ranks, once they have agreed on it."""
+        return self._signals.received if self._alone else self._agreed.signal or None
 
     @property
     def global_step(self) -> int:
@@ -83,7 +101,7 @@ class RunContext:
         return self._opened.folder.run_id
 
     def request_stop(self, reason: str) -> None:
-        self._stop_reason = self._stop_reason or reason
+        self._wished_stop = self._wished_stop or reason
         self._pending = True
 
     def request_snapshot(self, reason: str) -> None:

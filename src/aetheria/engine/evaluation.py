@@ -14,7 +14,7 @@ from aetheria.data.cursor import Cursor
 from aetheria.data.order import mix
 from aetheria.data.randomness import isolated_generators
 from aetheria.data.sources import BatchSource
-from aetheria.engine.metrics import NOT_METRICS, ArrivingMetrics, MetricMeans
+from aetheria.engine.metrics import NOT_METRICS, MetricMeans
 from aetheria.errors import DataError, ModelError
 
 __all__ = ["evaluate", "evaluating"]
@@ -79,11 +79,11 @@ def evaluate(
                         f"validation_step returned a {type(outputs).__name__}; expected a dictionary of metrics."
                     )
                 values = {name: value for name, value in outputs.items() if name not in NOT_METRICS}
-                means.add(values, outputs.get("weight", batch.size))
+                means.add(values, outputs.get("weight", batch.size) if batch.size else 0)
                 count += 1
             if not count:
                 raise DataError("the validation loader is empty: it gave no batch. Return None if there is no data.")
-            return ArrivingMetrics(accelerator, means.since_epoch()).values()
+            return means.since_epoch().values()
     finally:
         if device_generator is not None:
             accelerator.set_generator_state(device_generator)

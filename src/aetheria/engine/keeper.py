@@ -40,6 +40,9 @@ class SnapshotKeeper:
         synchronize: waits for the device's copies to host memory.
         before_commit: makes durable what must not be behind a snapshot.
         notify: called, on the writer's thread, when a snapshot has become durable or has failed.
+        writes: whether this rank writes; the others take part in every snapshot, but leave no trace.
+        alone: whether there are no other ranks. Where there are, only what they have agreed on is due, besides what
+            follows from the number of steps.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class SnapshotKeeper:
         synchronize: Callable[[], None],
         before_commit: Callable[[], object],
         notify: Callable[[], None],
+        writes: bool = True,
+        alone: bool = True,
     ) -> None:
         self.folder = folder
         self.config = config
@@ -62,8 +67,10 @@ class SnapshotKeeper:
         self.stalled_seconds = 0.0
         self._notify = notify
         self._last_time = time.monotonic()
-        self._writer = SnapshotWriter(folder, synchronize, before_commit, self._committed)
-        self._writer.clean()
+        self._alone = alone
+        self._writer = SnapshotWriter(folder, synchronize, before_commit, self._committed) if writes else None
+        if self._writer is not None:
+            self._writer.clean()
 
     # --- when ------------------------------------------------------------------------------------------------------
     def deadline(self) -> float:
@@ -81,17 +88,30 @@ class SnapshotKeeper:
         self.reason = self.reason or reason
         self._again = self._again or again
 
-    def due(self, step: int) -> str:
-        """Returns why a snapshot is due at this boundary, or an empty string."""
-        if step == self.last_step and not self._again:
+    @property
+    def wish(self) -> int:
+        """What this rank would have, if it were asked: 0 nothing, 1 a snapshot, 2 one in the place of another, too."""
+        if self._again:
+            return 2
+        return int(bool(self.reason) or (self._writer is not None and time.monotonic() >= self.deadline()))
+
+    def due(self, step: int, agreed: int = 0) -> str:
+        """Returns why a snapshot is due at this boundary, or an empty string.
+
+        Args:
+            step: the steps taken.
+            agreed: the largest of all ranks' wishes, where there are several.
+        """
+        wish = self.wish if self._alone else agreed
+        if step == self.last_step and wish < 2:
             self.reason = ""
             return ""
-        if self.reason:
+        if wish and self.reason:
             return self.reason
         if self.config.every_steps is not None and step and step % self.config.every_steps == 0:
             return f"every {self.config.every_steps} steps"
-        if time.monotonic() >= self.deadline():
-            return f"every {self.config.every_seconds:g} seconds"
+        if wish:
+            return f"every {self.config.every_seconds:g} seconds" if self.config.every_seconds else "asked for"
         return ""
 
     def end_epoch(self, epochs_done: int) -> None:
@@ -102,6 +122,8 @@ class SnapshotKeeper:
 
     def judge(self, metrics: Mapping[str, float]) -> None:
         """Asks for a snapshot if a metric is among the best that are to be kept."""
+        if self._writer is None:
+            return  # who writes knows what there is
         for rule in self.rules:
             value = metrics.get(rule.metric)
             if value is not None and rule.admits(value, self._manifests()):
@@ -131,7 +153,7 @@ class SnapshotKeeper:
         Args:
             content: returns what a snapshot would hold now.
         """
-        if not self._reserved:
+        if not self._reserved and self._writer is not None:
             self._reserved = True
             self._writer.reserve(content())
 
@@ -139,7 +161,8 @@ class SnapshotKeeper:
         """Takes a snapshot; returns when its content has been copied to host memory."""
         begun = time.monotonic()
         self._reserved = True
-        self._writer.save(content)
+        if self._writer is not None:
+            self._writer.save(content)
         self.last_step = content.manifest.step
         self.reason, self._again = "", False
         self._last_time = time.monotonic()
@@ -166,7 +189,7 @@ class SnapshotKeeper:
     def rewound_to(self, step: int, revision: int) -> None:
         """Puts the snapshots after a step aside, into a folder of their own: they belong to what has been undone."""
         aside = self.folder / f"undone-by-revision-{revision}"
-        for snapshot in list_snapshots(self.folder):
+        for snapshot in list_snapshots(self.folder) if self._writer is not None else ():
             if int(snapshot.path.name.rpartition("-")[2]) > step:
                 aside.mkdir(exist_ok=True)
                 if (aside / snapshot.path.name).exists():  # this rewind was interrupted, and is done again
@@ -178,15 +201,16 @@ class SnapshotKeeper:
 
     def finished(self) -> Path | None:
         """Returns a snapshot that has become durable since the last call; raises if it could not be written."""
-        return self._writer.finished()
+        return None if self._writer is None else self._writer.finished()
 
     def wait(self) -> Path | None:
         """Waits for the snapshot in progress, and returns it."""
-        return self._writer.wait()
+        return None if self._writer is None else self._writer.wait()
 
     def close(self) -> None:
         """Ends the writing thread."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _committed(self, path: Path) -> None:
         written = Snapshot(path).manifest.step

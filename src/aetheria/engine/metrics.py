@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from torch import Tensor
 from aetheria.core import Accelerator
 from aetheria.errors import ModelError
 
-__all__ = ["NOT_METRICS", "ArrivingMetrics", "MetricMeans"]
+__all__ = ["NOT_METRICS", "Arriving", "ArrivingMetrics", "MetricMeans", "SharedMetrics"]
 
 NOT_METRICS = frozenset({"weight", "sample_loss"})
+_HEAD = 5
+_NAMES_AT_ONCE = 64  # metrics that ranks exchange without telling one another their names
 _FOLD_AFTER = 256  # rows held back at most, however rarely anybody reads
 
 
@@ -30,6 +33,7 @@ class MetricMeans:
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
         self._arithmetic = _OnHost() if accelerator.device.type == "cpu" else _OnDevice(accelerator)
         self._rows: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
         self._since_reading: _Sums = {}
@@ -67,16 +71,21 @@ class MetricMeans:
                 raise
             rows.clear()
 
-    def since_reading(self) -> dict[str, float | Tensor]:
-        """Returns the means since the last call, scalar tensors where they are on a device, and begins anew."""
+    def since_reading(self) -> Arriving:
+        """Returns the means since the last call, over all ranks, and begins anew. Every rank must call it."""
         self._fold()
         sums, self._since_reading = self._since_reading, {}
-        return self._arithmetic.means(sums)
+        return self._arriving(sums)
 
-    def since_epoch(self) -> dict[str, float | Tensor]:
-        """Returns the means since `new_epoch`, scalar tensors where they are on a device."""
+    def since_epoch(self) -> Arriving:
+        """Returns the means since `new_epoch`, over all ranks. Every rank must call it."""
         self._fold()
-        return self._arithmetic.means(self._since_epoch)
+        return self._arriving(self._since_epoch)
+
+    def _arriving(self, sums: _Sums) -> Arriving:
+        if self._accelerator.world_size > 1:
+            return SharedMetrics(self._accelerator, sums)
+        return ArrivingMetrics(self._accelerator, self._arithmetic.means(sums))
 
     def new_epoch(self) -> None:
         """Begins the epoch's means anew."""
@@ -157,6 +166,75 @@ class _OnDevice:
             return {}
         values, weights = zip(*sums.values(), strict=True)
         return dict(zip(sums, (torch.stack(values) / torch.stack(weights)).unbind(), strict=True))
+
+
+class Arriving(Protocol):
+    """Metrics that are on their way."""
+
+    def ready(self) -> bool:
+        """Returns whether `values` would come without waiting."""
+        ...
+
+    def values(self) -> dict[str, float]:
+        """Returns the numbers by name, waiting for them if it must."""
+        ...
+
+
+class SharedMetrics:
+    """Means over all ranks, on their way, in one exchange of a fixed size.
+
+    Which names there are is known to each rank for itself. A digest of them is exchanged along with the sums; only if
+    the ranks turn out to have different ones do they tell each other, and exchange once more. A metric that some ranks
+    lack is the mean over those that have it.
+
+    Args:
+        accelerator: knows how to reach the other ranks.
+        sums: of value * weight, and of the weights, by name.
+    """
+
+    def __init__(self, accelerator: Accelerator, sums: Mapping[str, tuple[Any, Any]]) -> None:
+        self._accelerator = accelerator
+        self._sums = sums
+        self._names = sorted(sums)
+        self._values: dict[str, float] | None = None
+        fits = len(self._names) <= _NAMES_AT_ONCE
+        digest = crc32("\0".join(self._names).encode())
+        halves = digest >> 16, digest & 0xFFFF  # their squares, and those of their sums, are exact in float64
+        vector = torch.zeros(_HEAD + 2 * _NAMES_AT_ONCE, dtype=torch.float64)
+        vector[:_HEAD] = torch.tensor([*halves, *(half * half for half in halves), not fits], dtype=torch.float64)
+        vector = accelerator.send(vector) if accelerator.device.type != "cpu" else vector
+        if fits and self._names:
+            vector[_HEAD : _HEAD + 2 * len(self._names)] = self._column(self._names).to(vector.device)
+        self._arriving = accelerator.sum_later(vector)
+
+    def _column(self, names: list[str]) -> Tensor:
+        numbers = [part for name in names for part in self._sums.get(name, (0.0, 0.0))]
+        if any(isinstance(number, Tensor) for number in numbers):
+            device = next(number.device for number in numbers if isinstance(number, Tensor))
+            return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
+        return torch.tensor(numbers, dtype=torch.float64)
+
+    def ready(self) -> bool:
+        return False  # what follows from it must happen at the same moment everywhere
+
+    def values(self) -> dict[str, float]:
+        if self._values is None:
+            vector = self._arriving().tolist()
+            ranks = self._accelerator.world_size
+            # Of numbers that are all alike, and only of those, this is true (Cauchy and Schwarz).
+            alike = not vector[4] and all(vector[half] ** 2 == ranks * vector[half + 2] for half in (0, 1))
+            names, found = self._names, vector[_HEAD:]
+            if not alike:
+                said = self._accelerator.gather("\0".join(self._names).encode())
+                names = sorted({name for names in said for name in names.decode().split("\0") if name})
+                column = self._column(names) if names else torch.zeros(0, dtype=torch.float64)
+                column = column if self._accelerator.device.type == "cpu" else self._accelerator.send(column.cpu())
+                found = self._accelerator.sum_later(column.clone())().tolist()
+            self._values = {
+                name: total / weight if weight else float("nan")
+                for name, total, weight in zip(names, found[::2], found[1::2], strict=False)
+            }
+        return self._values
 
 
 class ArrivingMetrics:

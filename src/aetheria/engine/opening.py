@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from aetheria.runs import RunFolder, describe_process, find_runs, now
 from aetheria.snapshot import Snapshot, list_snapshots, newest_good
 
 __all__ = ["OpenedRun", "open_run"]
+
+_LAUNCH = "AETHERIA_LAUNCH_ID"  # what processes have in common that are launched together, or again
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ def open_run(
     """
     if resume_from is None:
         return _new(config, model)
+    if str(resume_from) == "auto":
+        launch = os.environ.get(_LAUNCH)
+        if not launch:
+            raise RunFolderError(
+                f"--resume auto goes on with the run that this launch has begun, but {_LAUNCH} does not say which "
+                "launch this is; `aetheria launch` sets it. Otherwise: --resume latest, or a run folder."
+            )
+        begun = next((run for run in find_runs(config.runs_dir) if run.read().get("launch") == launch), None)
+        return _new(config, model) if begun is None else _continue(begun, config)
     if str(resume_from) == "latest":
         runs = find_runs(config.runs_dir)
         if not runs:
@@ -91,6 +103,7 @@ def _new(
         config_source=str(config.source) if config.source else None,
         model=describe_model(model),
         lineage=lineage,
+        launch=os.environ.get(_LAUNCH),
         lives=[],
     )
     folder.acquire()

@@ -10,7 +10,7 @@ from torch import Tensor
 from aetheria.control.line import Line
 from aetheria.core import Accelerator, RunEvent
 from aetheria.engine.hooks import Hooks
-from aetheria.engine.metrics import ArrivingMetrics
+from aetheria.engine.metrics import Arriving, ArrivingMetrics
 from aetheria.loom.recorder import Recorder
 from aetheria.protocol import encode
 
@@ -33,28 +33,33 @@ class Reporter:
         self._hooks = hooks
         self._recorder = recorder
         self._added: dict[str, float | Tensor] = {}
-        self._arriving: deque[tuple[int, ArrivingMetrics]] = deque()
+        self._arriving: deque[tuple[int, Arriving, Arriving]] = deque()
 
     def add(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Adds values to whatever is logged next."""
         self._added.update(metrics)
 
-    def log(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
+    def log(self, step: int, means: Arriving, metrics: Mapping[str, float | Tensor]) -> None:
         """Logs the metrics of a step: now if they are on the host, else when they have arrived.
 
         Args:
             step: the step they belong to.
-            metrics: numbers, or scalar tensors.
+            means: on their way.
+            metrics: numbers, or scalar tensors, that go with them.
         """
-        self._arriving.append((step, ArrivingMetrics(self._accelerator, {**metrics, **self._added})))
+        several = self._accelerator.world_size > 1
+        if several:
+            self.deliver(wait=True)  # an interval later, so that all ranks do so at the same step
+        self._arriving.append((step, means, ArrivingMetrics(self._accelerator, {**metrics, **self._added})))
         self._added = {}
-        self.deliver()
+        if not several:
+            self.deliver()
 
     def deliver(self, wait: bool = False) -> None:
         """Hands on the metrics that have arrived, in their order; all of them if `wait`."""
-        while self._arriving and (wait or self._arriving[0][1].ready()):
-            step, arriving = self._arriving.popleft()
-            if metrics := arriving.values():
+        while self._arriving and (wait or (self._arriving[0][1].ready() and self._arriving[0][2].ready())):
+            step, means, more = self._arriving.popleft()
+            if metrics := means.values() | more.values():
                 self.publish(metrics, step)
 
     def publish(self, metrics: dict[str, float], step: int) -> None:

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT: finish the step, save, leave. A second Ctrl-C leaves at once."""
+"""SIGTERM, SIGINT and SIGUSR1: finish the step, save, leave. A second Ctrl-C leaves at once.
+
+SIGTERM is how Kubernetes and torchrun end a process; SIGUSR1 is what batch systems are asked to send some time before.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

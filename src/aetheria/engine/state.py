@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from aetheria.core import Accelerator, AetherModel
 from aetheria.data import BatchSource
-from aetheria.data.randomness import GeneratorStates
+from aetheria.data.order import mix
+from aetheria.data.randomness import GeneratorStates, isolated_generators
 from aetheria.engine.hooks import Hooks
 from aetheria.engine.metrics import MetricMeans
 from aetheria.engine.schedules import Schedules
@@ -24,8 +25,11 @@ from aetheria.registry import Registry
 from aetheria.runs import now, versions
 from aetheria.snapshot import Manifest, Snapshot, SnapshotContent
 from aetheria.snapshot.format import clean_name, model_tensors
+from aetheria.snapshot.writer import encode_state
 
-__all__ = ["RunParts", "describe_model", "restore_model"]
+__all__ = ["Restored", "RunParts", "describe_model", "restore_model"]
+
+ELASTIC_STREAM = 10  # part of the key of the generators of ranks that no snapshot knows
 
 
 class Restored(NamedTuple):
@@ -35,12 +39,14 @@ class Restored(NamedTuple):
         loop: the loop's own state.
         restore_generators: to be called when nothing else will draw from them before the first step.
         position: of the journal when it was taken.
+        ranks: how many have trained until then.
         warnings: what could not be put back as it was.
     """
 
     loop: dict[str, Any]
     restore_generators: Callable[[], None]
     position: int
+    ranks: int
     warnings: list[str]
 
 
@@ -66,6 +72,7 @@ class RunParts:
         reason: str,
         metrics: dict[str, float],
         pinned: bool = False,
+        exchange: bool = True,
     ) -> SnapshotContent:
         """Returns everything needed to continue from here. The tensors are the live ones.
 
@@ -77,7 +84,10 @@ class RunParts:
             reason: why it is taken.
             metrics: of exactly this step.
             pinned: whether it is kept for ever.
+            exchange: whether every rank calls this now, and gives its own part.
         """
+        if exchange:
+            self.accelerator.share_buffers(self.model)
         weights, extra = model_tensors(self.model)
         manifest = Manifest(
             run_id=run_id,
@@ -98,16 +108,19 @@ class RunParts:
             "schedulers": self.schedules.state_dict(),
             "accelerator": self.accelerator.state_dict(),
             "callbacks": self.hooks.state_dict(),
-            "means": self.means.state_dict(),
             "model_extra": extra,
             "steering": self.steering.state_dict(),
         }
         rank_state = {
             "generators": GeneratorStates.capture().to_plain(),
+            "means": self.means.state_dict(),
             "device_generator": self.accelerator.generator_state(),
             "loader": self.source.state_dict(),
         }
-        return SnapshotContent(manifest, weights, state, rank_state)
+        others: list[bytes] = []
+        if exchange and self.accelerator.world_size > 1:
+            others = self.accelerator.gather(b"" if self.accelerator.is_main_process else encode_state(rank_state))[1:]
+        return SnapshotContent(manifest, weights, state, rank_state, others)
 
     def restore(self, snapshot: Snapshot, overridden: Collection[str] = ()) -> Restored:
         """Puts everything back, except the random generators.
@@ -119,14 +132,14 @@ class RunParts:
         Raises:
             SnapshotMismatchError: the snapshot is of another model or another optimiser.
         """
-        state, rank_state = snapshot.state(), snapshot.rank_state(self.accelerator.rank)
+        state, rank_state = snapshot.state(), self._rank_state(snapshot)
         steering = state.get("steering", {"position": 0, "knobs": {}})
         knobs = {key: value for key, value in steering["knobs"].items() if key not in overridden}
         warnings = self.steering.knobs.restore(knobs, structural=True)
         restore_model(self.model, snapshot.weights(), state["model_extra"])
         _restore_optimizer(self.schedules, snapshot.manifest.optimizer, state)
         self.accelerator.load_state_dict(state["accelerator"])
-        self.means.load_state_dict(state["means"])
+        self.means.load_state_dict(rank_state["means"])
         self.source.load_state_dict(rank_state["loader"])
         warnings += self.steering.knobs.restore(knobs, structural=False)
         warnings += [
@@ -144,7 +157,32 @@ class RunParts:
             if isinstance(device := rank_state["device_generator"], Tensor):
                 self.accelerator.set_generator_state(device)
 
-        return Restored(state["loop"], restore_generators, steering["position"], warnings)
+        ranks = snapshot.manifest.world_size
+        if ranks != self.accelerator.world_size:
+            warnings.append(
+                f"the snapshot is of {ranks} ranks, and is continued by {self.accelerator.world_size}: in the same "
+                "order of samples, but a model that draws (dropout) draws anew"
+            )
+        return Restored(state["loop"], restore_generators, steering["position"], ranks, warnings)
+
+    def _rank_state(self, snapshot: Snapshot) -> dict[str, Any]:
+        """Returns this rank's state; of another number of ranks, what they had together is the first one's now."""
+        ranks, rank = snapshot.manifest.world_size, self.accelerator.rank
+        if ranks == self.accelerator.world_size:
+            return snapshot.rank_state(rank)
+        states = [snapshot.rank_state(number) for number in range(ranks)]
+        key = mix(snapshot.manifest.step, ELASTIC_STREAM, self.accelerator.world_size, rank)
+        with isolated_generators(key):
+            generators = GeneratorStates.capture().to_plain()
+        means: dict[str, Any] = {"reading": {}, "epoch": {}}
+        if rank == 0:
+            means = {kept: _added_up([state["means"][kept] for state in states]) for kept in means}
+        return states[0] | {"generators": generators, "device_generator": None, "means": means}
+
+
+def _added_up(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: tuple(map(sum, zip(*(part[name] for part in parts if name in part), strict=True))) for name in names}
 
 
 def describe_model(model: AetherModel) -> dict[str, Any]:

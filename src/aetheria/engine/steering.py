@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from aetheria.control.decision import Decision
 from aetheria.control.desk import Action, Boundary, Desk, Done
 from aetheria.control.journal import Journal
 from aetheria.control.knobs import Knobs
@@ -32,6 +33,9 @@ from aetheria.protocol import (
 )
 from aetheria.snapshot.format import model_tensors
 
+if TYPE_CHECKING:  # only imported where there is more than one rank
+    from aetheria.control.agreement import Agreement
+
 __all__ = ["Steerable", "Steering", "describe", "fingerprint"]
 
 
@@ -46,6 +50,14 @@ class Steerable(Protocol):
         ...
 
     def request_stop(self, reason: str) -> None: ...
+    def signal_received(self) -> int:
+        """Returns the number of a signal that this process has got, or 0."""
+        ...
+
+    def act_on(self, decision: Decision) -> None:
+        """Does what all ranks have agreed on, the commands apart."""
+        ...
+
     def stop_requested(self) -> bool: ...
     def save_now(self, reason: str, pinned: bool) -> None: ...
     def rewind_to(self, step: int) -> int:
@@ -73,6 +85,7 @@ class Steering:
         knobs: of the run.
         line: to the sidecar.
         told: is called with every outcome, after it has been sent.
+        agreement: of several ranks; None where there is one.
 
     Attributes:
         seen: the command word when the commands were last taken; another value means that there are new ones.
@@ -87,6 +100,7 @@ class Steering:
         knobs: Knobs,
         line: Line,
         told: Callable[[AnyCommand | None, Outcome], None],
+        agreement: Agreement | None = None,
     ) -> None:
         self.line = line
         self.word = line.word
@@ -98,7 +112,10 @@ class Steering:
         self._told = told
         self._telling = Telling(knobs)
         self._rewound = False
-        self.desk = Desk(run_id, journal, knobs, self._actions(), self._tell, lambda: fingerprint(run.model))
+        self._agreement = agreement
+        self._arrived: list[bytes] = []  # and not agreed on yet
+        vote = None if agreement is None else agreement.vote
+        self.desk = Desk(run_id, journal, knobs, self._actions(), self._tell, lambda: fingerprint(run.model), vote)
 
     # --- an earlier life -------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -117,28 +134,70 @@ class Steering:
         return min(steps, default=None)
 
     # --- at a boundary ---------------------------------------------------------------------------------------------
-    def attend(self) -> bool:
+    def arrived(self) -> list[bytes]:
+        """Returns the commands that have arrived since this was last called; they take effect once all ranks know."""
+        self._fetch()
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def _fetch(self) -> list[bytes]:
+        self.seen = self.word[0]
+        self._arrived += self.line.take()
+        return self._arrived
+
+    def attend(self, commands: Sequence[bytes] = ()) -> bool:
         """Does what is planned for this boundary, then what has arrived; waits here while the run is paused.
+
+        Args:
+            commands: what several ranks have agreed on; where there is one, it takes what has arrived.
 
         Returns:
             Whether the run has been taken somewhere else: then this boundary is not the one that it was.
         """
         self._rewound = False
         self.desk.catch_up(self._run.boundary)
-        self._take()
+        if self._agreement is None:
+            self._take()
+        else:
+            self._receive(commands)
         if self.pausing.arrive(between_epochs=self._run.boundary.window == 0) and not self._rewound:
             self._wait()
         return self._rewound
 
     def _take(self) -> None:
-        self.seen = self.word[0]
-        for data in self.line.take():
+        self._receive(self.arrived())
+
+    def _receive(self, commands: Iterable[bytes]) -> None:
+        for data in commands:
             self.desk.receive(data, *self._run.boundary)
 
     def _wait(self) -> None:
         self.say("paused")
-        self.pausing.wait(self.line, self._take, lambda: self.seen, self._run.stop_requested)
+        if self._agreement is None:
+            self.pausing.wait(self.line, self._take, lambda: self.seen, self._run.stop_requested)
+        else:
+            self._wait_together(self._agreement)
         self.say("running")
+
+    def _wait_together(self, agreement: Agreement) -> None:
+        """Waits outside any collective: those have a time-out, a pause has none."""
+        signal = self._run.signal_received
+        if agreement.under_way:  # what is in it would otherwise wait for the end of the pause
+            decision = agreement.read()
+            self._run.act_on(decision)
+            self._receive(decision.commands)
+        while self.pausing.paused and not self._run.stop_requested():
+            if agreement.is_first:
+                self.pausing.wait(
+                    self.line,
+                    lambda: None,
+                    lambda: self.seen,
+                    lambda: bool(self.word[0] != self.seen or signal() or agreement.signal_of_others()),
+                )
+                agreement.pass_on(self.arrived(), signal() or agreement.signal_of_others())
+            number, commands = agreement.await_word(signal)
+            self._run.act_on(Decision(signal=number))
+            self._receive(commands)
 
     # --- what is said ----------------------------------------------------------------------------------------------
     def say(self, status: str) -> None:
@@ -152,7 +211,11 @@ class Steering:
     def end(self) -> None:
         """Refuses what comes from here on, and says that the run has ended."""
         self.desk.closed = "the run has ended"
-        self._take()
+        late = () if self._agreement is None else self._agreement.read().commands
+        self.desk.answer_alone()
+        if self._agreement is None or self._agreement.is_first:
+            self._receive(late)
+            self._take()
         self.say("ended")
 
     def _tell(self, outcome: Outcome) -> None:
@@ -166,12 +229,12 @@ class Steering:
     def _actions(self) -> dict[str, Action]:
         return {
             "stop": Action(self._stop),
-            "snapshot": Action(self._snapshot),
-            "rewind": Action(self._rewind, lambda command: self._run.can_rewind_to(command.args.step)),
-            "validate": Action(self._validate),
-            "test": Action(self._test),
+            "snapshot": Action(self._snapshot, together=True),
+            "rewind": Action(self._rewind, lambda command: self._run.can_rewind_to(command.args.step), together=True),
+            "validate": Action(self._validate, together=True),
+            "test": Action(self._test, together=True),
             "note": Action(self._note),
-            "health": Action(self._health),
+            "health": Action(self._health, together=True),
             **self.pausing.actions(),
         }
 

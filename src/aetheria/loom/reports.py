@@ -15,7 +15,7 @@ import msgspec
 from loguru import logger
 
 from aetheria.loom.deliveries import Deliveries
-from aetheria.loom.messages import Event, MetricBatch, Point, encode_metrics, mark_of
+from aetheria.loom.messages import Event, MetricBatch, Point, decode_points, encode_metrics, mark_of
 from aetheria.loom.recorder import Recorder
 from aetheria.loom.region import Region
 from aetheria.loom.ring import Record, RingReader
@@ -28,8 +28,6 @@ __all__ = ["Recording", "Reporting"]
 _EVENTS_AT_ONCE = 64
 _BATCH_BYTES = 400_000  # of metrics in one message: below what a message server takes (1 MB)
 _FLUSH = 2.0  # seconds; a disk that takes longer is asked again the next time
-
-_decode_point = msgspec.msgpack.Decoder(Point).decode
 
 
 class Recording:
@@ -55,7 +53,7 @@ class Recording:
 
     @property
     def pending(self) -> int:
-        """How many records are not on the disk yet."""
+        """How many points and events are not on the disk yet."""
         return self._metrics.pending + self._events.pending
 
     async def copy(self) -> None:
@@ -88,12 +86,11 @@ class Recording:
         self._metrics_read = self._events_read = None
 
     def _record_metrics(self, record: Record) -> None:
-        try:
-            _, step, values = _decode_point(record.data)
+        points, problem = decode_points(record.data)
+        if problem:
+            logger.warning("Metrics that are none cannot be recorded: {}", problem)
+        for _, step, values in points:
             self._recorder.metrics(values, step)
-        except (msgspec.DecodeError, TypeError, ValueError) as error:
-            logger.warning("Metrics that are none cannot be recorded: {}", error)
-        else:
             self._newest = step if self._newest is None else max(step, self._newest)
 
     def _record_event(self, record: Record) -> None:
@@ -141,12 +138,12 @@ class Reporting:
 
     @property
     def pending(self) -> int:
-        """How many records the hub does not have yet."""
+        """How many points and events the hub does not have yet."""
         return self._metrics.pending + self._events.pending
 
     @property
     def dropped(self) -> dict[str, int]:
-        """How many records the hub will never have, by kind."""
+        """How many points and events the hub will never have, by kind."""
         return {"metric": self._metrics.missed, "event": self._events.missed}
 
     async def send_events(self, end: RunEnd) -> bool:
@@ -213,10 +210,10 @@ class Reporting:
 def _points(records: list[Record]) -> list[Point]:
     points = []
     for record in records:
-        try:
-            points.append(_decode_point(record.data))
-        except msgspec.DecodeError as error:
-            logger.warning("Metrics that are none cannot be sent: {}", error)
+        found, problem = decode_points(record.data)
+        if problem:
+            logger.warning("Metrics that are none cannot be sent: {}", problem)
+        points += found
     return points
 
 

@@ -6,6 +6,8 @@ whole one, and on others the checksum, which covers the record's number too, fin
 
 Positions count bytes from the very beginning and only grow; modulo the size they are places. A record is never split:
 where it does not fit before the end, a mark says that the next one is at the start.
+
+A record may hold several things, and it is things that are numbered and counted, not records.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from zlib import crc32
 
 __all__ = ["CURSOR_WORDS", "RING_WORDS", "Record", "RingReader", "RingWriter"]
 
-RING_WORDS = 3  # 8 bytes each: the position after the newest record, that of the oldest, how many were ever written
-CURSOR_WORDS = 3  # where a reader is, the number of the next record, how many it missed
+RING_WORDS = 3  # 8 bytes each: the position after the newest record, that of the oldest, how many things ever were
+CURSOR_WORDS = 3  # where a reader is, the number of the next thing, how many it missed
 
 _HEAD, _OLDEST, _COUNT = range(RING_WORDS)
-_HEADER = struct.Struct("<IIQ")  # length, checksum, number
+_HEADER = struct.Struct("<IIQ")  # length, checksum, number of the first thing and, in the last 16 bits, how many
 _CURSOR = struct.Struct("=QQQ")
+_MOST = (1 << 16) - 1  # things in a record
 _UNIT = 16  # every record begins at a multiple of it, so that a header is never split
 _TO_THE_START = 0xFFFFFFFF  # in place of a length
 _ATTEMPTS = 100  # at a record whose checksum is wrong: it may just be on its way from one processor to another
@@ -31,16 +34,18 @@ class Record(NamedTuple):
     """What was read.
 
     Attributes:
-        number: of the record, counted from 0.
+        number: of the first thing in it, counted from 0.
         data: what was written.
-        missed: how many records before this one were never read, since the beginning.
+        missed: how many things before these were never read, since the beginning.
         end: the position behind it.
+        things: how many are in it.
     """
 
     number: int
     data: bytes
     missed: int
     end: int
+    things: int
 
 
 class RingWriter:
@@ -63,18 +68,24 @@ class RingWriter:
 
     @property
     def count(self) -> int:
-        """How many records were written."""
+        """How many things were written."""
         return self._count
 
-    def write(self, payload: bytes) -> None:
+    def write(self, payload: bytes, count: int = 1) -> None:
         """Appends a record, and drops as many of the oldest as need be.
 
+        Args:
+            payload: the record.
+            count: how many things are in it.
+
         Raises:
-            ValueError: it is longer than a quarter of the ring.
+            ValueError: it is longer than a quarter of the ring, or there is too much in it.
         """
         length = len(payload)
         if length > self.longest:
             raise ValueError(f"a record of {length:,} bytes; at most {self.longest:,} are possible here.")
+        if count > _MOST:
+            raise ValueError(f"a record of {count:,} things; at most {_MOST:,} are possible.")
         size, data, number = self._size, self._data, self._count
         needed = (length + _HEADER.size + _UNIT - 1) // _UNIT * _UNIT
         place = self._head % size
@@ -88,11 +99,12 @@ class RingWriter:
         if at_start:
             _HEADER.pack_into(data, place, _TO_THE_START, 0, 0)
             place = 0
-        _HEADER.pack_into(data, place, length, crc32(payload, number & 0xFFFFFFFF), number)
+        checksum = crc32(payload, (number + count) & 0xFFFFFFFF)
+        _HEADER.pack_into(data, place, length, checksum, number << 16 | count)
         start = place + _HEADER.size
         data[start : start + length] = payload
         self._head = self._words[_HEAD] = end
-        self._count = self._words[_COUNT] = number + 1
+        self._count = self._words[_COUNT] = number + count
 
     def _after(self, position: int) -> int:
         place = position % self._size
@@ -124,12 +136,12 @@ class RingReader:
 
     @property
     def missed(self) -> int:
-        """How many records were dropped before they could be read."""
+        """How many things were dropped before they could be read."""
         return self._missed
 
     @property
     def pending(self) -> int:
-        """How many records were written and are not `done`, without those missed so far."""
+        """How many things were written and are not `done`, without those missed so far."""
         _, expected, missed = _CURSOR.unpack_from(self._cursor)
         return max(0, int(self._words[_COUNT] - expected - (self._missed - missed)))
 
@@ -148,7 +160,7 @@ class RingReader:
 
     def done(self, record: Record) -> None:
         """Notes that this record, and all before it, need not be read again, not even by a process after this one."""
-        _CURSOR.pack_into(self._cursor, 0, record.end, record.number + 1, record.missed)
+        _CURSOR.pack_into(self._cursor, 0, record.end, record.number + record.things, record.missed)
 
     def _next(self) -> Record | None:
         words, data = self._words, self._data
@@ -157,7 +169,7 @@ class RingReader:
             position = max(self._position, words[_OLDEST])
             self._position = position
             place = position % self._size
-            length, checksum, number = _HEADER.unpack_from(data, place)
+            length, checksum, numbers = _HEADER.unpack_from(data, place)
             start = place + _HEADER.size
             payload = bytes(data[start : start + length]) if start + length <= self._size else None
             if words[_OLDEST] > position:  # it was overwritten meanwhile
@@ -165,11 +177,12 @@ class RingReader:
             if length == _TO_THE_START:
                 self._position = position + self._size - place
                 continue
-            if payload is not None and crc32(payload, number & 0xFFFFFFFF) == checksum:
+            number, count = numbers >> 16, numbers & _MOST
+            if payload is not None and crc32(payload, (number + count) & 0xFFFFFFFF) == checksum:
                 self._missed += number - self._expected
-                self._expected = number + 1
+                self._expected = number + count
                 self._position = position + (length + _HEADER.size + _UNIT - 1) // _UNIT * _UNIT
-                return Record(number, payload, self._missed, self._position)
+                return Record(number, payload, self._missed, self._position, count)
             attempts += 1
             if attempts >= _ATTEMPTS:  # damaged for good; where the next record begins cannot be known
                 self._position = head

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,14 @@ from pathlib import Path
 from nats.aio.msg import Msg
 
 from aetheria.errors import HubError
-from aetheria.loom.connection import FAILURES, Connection, Publication, Puller
+from aetheria.loom.connection import FAILURES, Connection, Publication, Puller, reason
 from aetheria.loom.subjects import COMMANDS, COMMANDS_ON_THE_WAY, consumer_of, inbox_of, subject, token_of
 
-__all__ = ["ID", "KIND", "Arrival", "RunEnd"]
+__all__ = ["ID", "KIND", "PREVIOUS", "Arrival", "Overheard", "RunEnd"]
 
 ID = "Nats-Msg-Id"  # the server stores a message with an id that it has seen lately only once
 KIND = "Aetheria-Kind"  # says what an event is, where it is not just an event
+PREVIOUS = "Aetheria-Previous"  # of a command: the id of the one that was sent to the same run before it
 
 
 @dataclass
@@ -42,6 +43,21 @@ class Arrival:
         """It is being dealt with: the time until it is delivered again begins anew."""
         with suppress(*FAILURES):
             await self._message.in_progress()
+
+
+@dataclass
+class Overheard:
+    """A command that is heard while the server is still storing it. It arrives as well, if it is stored.
+
+    Attributes:
+        id: as the hub gave it.
+        previous: the id of the command that the hub sent to this run before it; "" where the hub does not know.
+        data: the command.
+    """
+
+    id: str
+    previous: str
+    data: bytes
 
 
 class RunEnd:
@@ -115,12 +131,31 @@ class RunEnd:
         message = await self._puller.next()
         return Arrival((message.headers or {}).get(ID, ""), message.data, message)
 
+    async def overhear(self, heard: Callable[[Overheard], None]) -> None:
+        """Hands over commands as they are said, from now on: earlier than they arrive, and perhaps not all of them.
+
+        Args:
+            heard: given each of them, in the order in which they are said.
+
+        Raises:
+            HubError: the connection is gone.
+        """
+
+        async def hear(message: Msg) -> None:
+            headers = message.headers or {}
+            heard(Overheard(headers.get(ID, ""), headers.get(PREVIOUS, ""), message.data))
+
+        try:
+            await self._open().client.subscribe(subject(self.run, "cmd"), cb=hear)
+        except FAILURES as error:
+            raise HubError(f"commands cannot be overheard: {reason(error)}") from error
+
     async def report(self, reports: Sequence[tuple[str, bytes, str]], timeout: float = 5.0) -> None:
         """Has reports stored, in this order. Returns when all of them are.
 
         Args:
-            reports: for each its kind ("ack", "event", "status", "metric"), the data, and an id of its own: sent again
-                with the same one, it is stored once.
+            reports: for each its kind ("ack", "event", "status", "metric", "mirror"), the data, and an id of its own:
+                sent again with the same one, it is stored once.
             timeout: seconds.
 
         Raises:
@@ -133,6 +168,14 @@ class RunEnd:
                 headers[KIND] = kind
             publications.append((subject(self.run, "event" if kind == "status" else kind), data, headers))
         await self._open().store(publications, timeout)
+
+    async def ask(self, timeout: float = 2.0) -> bytes | None:
+        """Asks the hub what it has of this run's folder; returns its answer, or None where nobody answers."""
+        try:
+            answer = await self._open().client.request(subject(self.run, "ask"), timeout=timeout)
+        except FAILURES:
+            return None  # there is no hub just now, or the connection ends, which is noticed elsewhere
+        return answer.data
 
     async def beat(self, data: bytes) -> None:
         """Gives a sign of life.

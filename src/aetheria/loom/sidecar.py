@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Coroutine
@@ -23,8 +22,9 @@ from loguru import logger
 
 from aetheria.errors import HubError
 from aetheria.loom.deliveries import Deliveries
-from aetheria.loom.hub_file import Access, HubAddress, hub_file, read_hub_file, register
+from aetheria.loom.hub_file import Access, HubAddress, host_name, hub_file, read_hub_file, register
 from aetheria.loom.messages import Heartbeat
+from aetheria.loom.mirroring import Mirroring
 from aetheria.loom.processes import ended
 from aetheria.loom.region import Region
 from aetheria.loom.reports import Recording, Reporting
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Settings", "Sidecar", "main"]
 
-_BUSY_LOOK = 0.002  # seconds between two looks at the events while an answer is expected
+_EAGER_LOOK = 0.0005  # seconds between two looks at the events just behind a command
+_BUSY_LOOK = 0.002  # while an answer is expected
 _IDLE_LOOK = 0.02
 _METRICS = 0.1  # seconds between two batches of metrics
 _RECORDING = 0.2
@@ -85,6 +86,7 @@ class Sidecar:
         self._region = Region(settings.region)
         self._deliveries = Deliveries(self._region)
         self._reporting = Reporting(self._region, self._deliveries, settings.replica)
+        self._mirroring = Mirroring(settings.folder)
         self._recording: Recording | None = None
         if settings.record:
             self._recording = Recording(self._region, settings.folder / "run.db", settings.start_step)
@@ -110,6 +112,8 @@ class Sidecar:
         if self._region.closing and not orphaned.done():
             deadline = self._region.closing / 1e9
         await self._drain(deadline)
+        if self._end is not None:
+            await self._mirroring.finish(self._end, deadline)
         for task in (*tasks, orphaned, asked):
             task.cancel()
         await asyncio.gather(*tasks, orphaned, asked, return_exceptions=True)
@@ -135,7 +139,9 @@ class Sidecar:
                 again = await self._attempt(self._reporting.send_events(self._end)) is True
             if again:
                 continue
-            if self._deliveries.busy:
+            if self._deliveries.eager:
+                await asyncio.sleep(_EAGER_LOOK)
+            elif self._deliveries.busy:
                 await asyncio.sleep(_BUSY_LOOK)
             else:
                 await self._deliveries.rest(_IDLE_LOOK)
@@ -162,7 +168,7 @@ class Sidecar:
     async def _beat(self, end: RunEnd) -> None:
         beat = Heartbeat(
             replica=self._settings.replica,
-            host=socket.gethostname(),
+            host=host_name(),
             pid=self._settings.parent,
             sidecar=os.getpid(),
             devices=self._settings.devices,
@@ -220,7 +226,7 @@ class Sidecar:
             "replica": settings.replica,
             "devices": list(settings.devices),
             "pid": settings.parent,
-            "host": socket.gethostname(),
+            "host": host_name(),
         }
         access = await asyncio.to_thread(register, address, settings.run, said)
         self._address = address
@@ -242,17 +248,20 @@ class Sidecar:
         await self._attempt(self._reporting.repeat_statuses(end))
         self._searched.set()
         receiving = asyncio.create_task(self._receive(end))
+        mirroring = asyncio.create_task(self._mirroring.keep_up(end))
         try:
             while not end.closed.is_set():
                 with suppress(TimeoutError):
                     await asyncio.wait_for(end.closed.wait(), _SEARCH)
-                if receiving.done():
-                    receiving.result()
+                for task in (receiving, mirroring):
+                    if task.done():
+                        task.result()  # never ends by itself: this raises
                 if not end.closed.is_set() and await self._hub_moved(file, end):
                     break
         finally:
             receiving.cancel()
-            await asyncio.gather(receiving, return_exceptions=True)
+            mirroring.cancel()
+            await asyncio.gather(receiving, mirroring, return_exceptions=True)
             self._end = None
             self._deliveries.disconnected()
             await end.close()
@@ -269,6 +278,7 @@ class Sidecar:
             return False
         moved, self._access = access != self._access, access
         if not moved:
+            self._mirroring.ask_again()
             await self._attempt(self._reporting.repeat_statuses(end))
         return moved
 
@@ -284,6 +294,7 @@ class Sidecar:
             # They were delivered to a connection before this one, and come again when their time is out. What is new
             # must not overtake them.
             await asyncio.sleep(ACK_WAIT + 0.2)
+        await self._attempt(end.overhear(self._deliveries.heard))
         while not end.closed.is_set():
             try:
                 await self._deliveries.arrived(await end.next_command())

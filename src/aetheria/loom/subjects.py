@@ -17,6 +17,7 @@ __all__ = [
     "COMMANDS",
     "COMMANDS_ON_THE_WAY",
     "METRICS",
+    "MIRRORS",
     "PREFIX",
     "REPORTS",
     "consumer_of",
@@ -33,6 +34,7 @@ PREFIX = f"weave.v{VERSION}"
 COMMANDS = "WEAVE_COMMANDS"  # on disk, nothing is pushed out
 REPORTS = "WEAVE_REPORTS"  # outcomes and events: on disk, the oldest go first
 METRICS = "WEAVE_METRICS"  # in memory: run.db has them for good
+MIRRORS = "WEAVE_MIRRORS"  # parts of run folders: on disk, the oldest go first; what is missing is sent again
 
 COMMANDS_ON_THE_WAY = 16  # commands that a run may have got and not answered; the region has as many slots
 ACK_WAIT = 2.0  # seconds after which a command that nobody speaks for is delivered again
@@ -95,10 +97,10 @@ def permissions_of(token: str) -> dict[str, list[str]]:
     consumer = f"run-{token}"
     return {
         "publish": [
-            *(f"{PREFIX}.{token}.{kind}" for kind in ("ack", "metric", "event", "hb")),
+            *(f"{PREFIX}.{token}.{kind}" for kind in ("ack", "metric", "event", "mirror", "hb", "ask")),
             f"$JS.API.CONSUMER.INFO.{COMMANDS}.{consumer}",
             f"$JS.API.CONSUMER.MSG.NEXT.{COMMANDS}.{consumer}",
             f"$JS.ACK.{COMMANDS}.{consumer}.>",
         ],
-        "subscribe": [f"_INBOX_{token}.>"],
+        "subscribe": [f"_INBOX_{token}.>", f"{PREFIX}.{token}.cmd"],
     }

@@ -11,16 +11,16 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from loguru import logger
 from nats.aio.msg import Msg
 from nats.js import api
-from nats.js import errors as jetstream_errors
 
 from aetheria.errors import HubError
 from aetheria.loom.connection import FAILURES, Connection, NotStoredError, Puller, reason
-from aetheria.loom.run_end import ID, KIND, Arrival, RunEnd
+from aetheria.loom.copies import Copies, answer_questions, read_parts
+from aetheria.loom.run_end import ID, KIND, PREVIOUS, Arrival, RunEnd
+from aetheria.loom.streams import DAY, add_consumer, make_streams
 from aetheria.loom.subjects import (
     ACK_WAIT,
     COMMANDS,
@@ -32,54 +32,15 @@ from aetheria.loom.subjects import (
     subject,
     which,
 )
-from aetheria.protocol import COMMAND_BYTES
 
 __all__ = ["ACK_WAIT", "COMMANDS_ON_THE_WAY", "Arrival", "Handler", "HubEnd", "RunEnd"]
 
-_DAY = 24 * 3600.0
-_MEGABYTE = 1 << 20
-_DUPLICATES = 120.0  # seconds during which the server drops a message whose id it has seen
 _REPORTS_AT_ONCE = 128
+_ACKNOWLEDGING = 0.2  # seconds after which metrics that came one by one are acknowledged, all at once
 _RETRIES = 5  # of a handler that raises
 
 Handler = Callable[[str, str, bytes], Awaitable[None]]
 """`async handler(run, kind, data)`, kind: "ack", "event", "status", "metric" or "hb"."""
-
-
-def _streams(replicas: int) -> list[api.StreamConfig]:
-    common: dict[str, Any] = {
-        "retention": api.RetentionPolicy.LIMITS,
-        "duplicate_window": _DUPLICATES,
-        "num_replicas": replicas,
-    }
-    return [
-        api.StreamConfig(
-            name=COMMANDS,
-            subjects=[f"{PREFIX}.*.cmd"],
-            storage=api.StorageType.FILE,
-            max_age=7 * _DAY,
-            max_bytes=768 * _MEGABYTE,
-            max_msg_size=COMMAND_BYTES + 4096,  # headers count
-            discard=api.DiscardPolicy.NEW,  # full: the next one is refused, and its sender told
-            **common,
-        ),
-        api.StreamConfig(
-            name=REPORTS,
-            subjects=[f"{PREFIX}.*.ack", f"{PREFIX}.*.event"],
-            storage=api.StorageType.FILE,
-            max_age=7 * _DAY,
-            max_bytes=512 * _MEGABYTE,
-            **common,
-        ),
-        api.StreamConfig(
-            name=METRICS,
-            subjects=[f"{PREFIX}.*.metric"],
-            storage=api.StorageType.MEMORY,
-            max_age=600.0,
-            max_bytes=64 * _MEGABYTE,
-            **common,
-        ),
-    ]
 
 
 class HubEnd:
@@ -105,6 +66,7 @@ class HubEnd:
         self._connection: Connection | None = None
         self._ready = asyncio.Event()
         self._admitted: set[str] = set()  # runs whose consumer is known to be there
+        self._newest: dict[str, str] = {}  # by run, the id of the command that was sent to it last
         self._keeper: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -151,12 +113,19 @@ class HubEnd:
         """
         deadline = time.monotonic() + timeout
         target = subject(run, "cmd")
+        headers = {ID: id}
         failure = ""
         while (left := deadline - time.monotonic()) > 0:
             try:
                 connection = await self._current(left)
                 await self._ensure_consumer(connection, run)
-                await connection.store([(target, data, {ID: id})], timeout=min(left, 2.0))
+                if failure:
+                    self._newest.pop(run, None)  # whether what was sent meanwhile is before it nobody knows
+                else:
+                    if previous := self._newest.get(run):  # so who overhears it knows whether he has heard all before
+                        headers[PREVIOUS] = previous
+                    self._newest[run] = id
+                await connection.store([(target, data, headers)], timeout=min(left, 2.0))
                 return
             except HubError as error:
                 if isinstance(error, NotStoredError) and error.refused:
@@ -172,7 +141,7 @@ class HubEnd:
         )
 
     # --- reports ---------------------------------------------------------------------------------------------------
-    async def listen(self, handler: Handler, *, at_once: Handler | None = None) -> None:
+    async def listen(self, handler: Handler, *, at_once: Handler | None = None, copies: Copies | None = None) -> None:
         """Gives the handler everything that runs report, until this is cancelled or `close` is called.
 
         Outcomes, events and statuses come at least once, also those of a time when no hub was there; each run's come
@@ -182,6 +151,7 @@ class HubEnd:
         Args:
             handler: given everything.
             at_once: given outcomes as they are said, before they are stored; they come to `handler` all the same.
+            copies: given parts of run folders, on a way of their own, for to write them may take long.
         """
         await self.start()
         while not self._closed:
@@ -195,6 +165,9 @@ class HubEnd:
             ]
             if at_once is not None:
                 readers.append(asyncio.create_task(self._overhear_outcomes(connection, at_once)))
+            if copies is not None:
+                readers.append(asyncio.create_task(read_parts(connection, self._name, copies)))
+                readers.append(asyncio.create_task(answer_questions(connection, copies)))
             try:
                 done, _ = await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
                 for reader in done:
@@ -207,7 +180,7 @@ class HubEnd:
             await asyncio.sleep(0.05)
 
     async def _read_reports(self, connection: Connection, handler: Handler) -> None:
-        await self._add_consumer(
+        await add_consumer(
             connection,
             REPORTS,
             api.ConsumerConfig(durable_name=self._name, ack_wait=10.0, max_ack_pending=4 * _REPORTS_AT_ONCE),
@@ -228,22 +201,42 @@ class HubEnd:
             await puller.close()
 
     async def _read_metrics(self, connection: Connection, handler: Handler) -> None:
-        await self._add_consumer(
+        await add_consumer(
             connection, METRICS, api.ConsumerConfig(durable_name=self._name, ack_policy=api.AckPolicy.ALL)
         )
         puller = Puller(connection, METRICS, self._name, 2 * _REPORTS_AT_ONCE)
+        newest: Msg | None = None  # taken, and not acknowledged
+
+        async def acknowledge() -> None:
+            nonlocal newest
+            message, newest = newest, None
+            if message is not None:
+                await message.ack()  # and with it all before it
+
+        async def acknowledge_later() -> None:
+            with suppress(*FAILURES):  # the connection is gone, as the reader learns, too
+                while True:
+                    await asyncio.sleep(_ACKNOWLEDGING)
+                    await acknowledge()
+
         since = 0
+        acknowledging = asyncio.create_task(acknowledge_later())
         try:
             while True:
                 message = await puller.next()
                 await self._hand_over(handler, message)
+                newest = message
                 since += 1
-                if puller.waiting == 0 or since >= _REPORTS_AT_ONCE:
+                if since >= _REPORTS_AT_ONCE:
                     since = 0
-                    await message.ack()  # and with it all before it
+                    await acknowledge()
         except FAILURES as error:
             raise HubError(f"metrics cannot be read: {reason(error)}") from error
         finally:
+            acknowledging.cancel()
+            await asyncio.gather(acknowledging, return_exceptions=True)
+            with suppress(*FAILURES):
+                await acknowledge()
             await puller.close()
 
     async def _read_heartbeats(self, connection: Connection, handler: Handler) -> None:
@@ -317,7 +310,8 @@ class HubEnd:
     async def _current(self, timeout: float) -> Connection:
         """Returns the connection, waiting for one if there is none."""
         try:
-            await asyncio.wait_for(self._ready.wait(), timeout)
+            if not self._ready.is_set():  # or nothing else runs in between: what is sent first is said first
+                await asyncio.wait_for(self._ready.wait(), timeout)
         except TimeoutError:
             raise HubError(f"there is no message server at {self._url}.") from None
         if self._connection is None:
@@ -339,14 +333,7 @@ class HubEnd:
     async def _prepare(self, connection: Connection) -> None:
         """Makes the streams; those that are there, with other limits, are changed."""
         self._admitted.clear()
-        for config in _streams(self._replicas):
-            try:
-                try:
-                    await connection.jetstream.add_stream(config)
-                except jetstream_errors.BadRequestError:
-                    await connection.jetstream.update_stream(config)
-            except FAILURES as error:
-                raise HubError(f"cannot make the stream {config.name}: {reason(error)}") from error
+        await make_streams(connection, self._replicas)
 
     async def _ensure_consumer(self, connection: Connection, run: str) -> None:
         """Makes the consumer through which a run gets its commands, if this connection has not seen to it yet."""
@@ -357,14 +344,7 @@ class HubEnd:
             filter_subject=subject(run, "cmd"),
             ack_wait=ACK_WAIT,
             max_ack_pending=COMMANDS_ON_THE_WAY,
-            inactive_threshold=7 * _DAY,
+            inactive_threshold=7 * DAY,
         )
-        await self._add_consumer(connection, COMMANDS, config)
+        await add_consumer(connection, COMMANDS, config)
         self._admitted.add(run)
-
-    @staticmethod
-    async def _add_consumer(connection: Connection, stream: str, config: api.ConsumerConfig) -> None:
-        try:
-            await connection.jetstream.add_consumer(stream, config.evolve(name=config.durable_name))
-        except FAILURES as error:
-            raise HubError(f"cannot make the consumer {config.durable_name}: {reason(error)}") from error

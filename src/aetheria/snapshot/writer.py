@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -36,7 +37,7 @@ from aetheria.snapshot.format import (
     weights_digest,
 )
 
-__all__ = ["SnapshotContent", "SnapshotWriter"]
+__all__ = ["SnapshotContent", "SnapshotWriter", "encode_state"]
 
 WRITING, REMOVING = ".writing-", ".removing-"
 LARGE = 1 << 20  # bytes; smaller tensors come from memory that is there already
@@ -51,13 +52,15 @@ class SnapshotContent:
         manifest: everything but digest, tied weights and files, which are found while writing.
         weights: the model's tensors by clean names.
         state: optimiser, schedulers, scaler, callbacks, cursor, loop.
-        rank_state: generators and loader state of this rank.
+        rank_state: generators, metric sums and loader state of this rank.
+        others: the same of the ranks after it, as `encode_state` returns them.
     """
 
     manifest: Manifest
     weights: dict[str, Tensor]
     state: dict[str, Any]
     rank_state: dict[str, Any]
+    others: Sequence[bytes] = ()
 
 
 _Visit = Callable[[Tensor, _Place], Any]
@@ -121,6 +124,7 @@ def _mapped(content: SnapshotContent, visit: _Visit) -> SnapshotContent:
         _tree(weights, ("weights",), visit),
         _tree(plain(content.state, "state"), ("state",), visit),
         _tree(plain(content.rank_state, "rank"), ("rank",), visit),
+        content.others,
     )
 
 
@@ -227,6 +231,8 @@ class SnapshotWriter:
                 STATE: _write_state(temporary / STATE, content.state),
                 rank_file(0): _write_state(temporary / rank_file(0), content.rank_state),
             }
+            for rank, state in enumerate(content.others, 1):
+                files[rank_file(rank)] = _write_bytes(temporary / rank_file(rank), state)
             named = {name: content.weights[name] for name in content.weights}
             named |= {alias: content.weights[owner] for alias, owner in content.manifest.tied.items()}
             manifest = dataclasses.replace(content.manifest, files=files, digest=weights_digest(named))
@@ -331,6 +337,20 @@ class _HashingFile:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def encode_state(state: dict[str, Any]) -> bytes:
+    """Returns a rank's state as the bytes of its file, for the rank that writes it."""
+    buffer = io.BytesIO()
+    torch.save(plain(state, "rank"), buffer)
+    return buffer.getvalue()
+
+
+def _write_bytes(path: Path, content: bytes) -> dict[str, Any]:
+    with path.open("wb") as file:
+        file.write(content)
+        _fsync(file)
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _write_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=None, help="on 127.0.0.1; the last one by default")
     parser.add_argument("--nats", default=None, metavar="URL", help="of a NATS server that is there already")
     parser.add_argument("--creds", type=Path, default=None, metavar="FILE", help="to log in there with")
+    parser.add_argument("--replicas", type=int, default=1, help="servers of it that keep everything; 3 in a cluster")
     given = parser.parse_args()
 
     logger.remove()
@@ -26,7 +27,13 @@ def main() -> None:
     from aetheria.weaver.server import serve  # noqa: PLC0415 - `--help` waits for nothing
 
     try:
-        serve(given.folder or hub_folder(), port=given.port, nats=given.nats, credentials=given.creds)
+        serve(
+            given.folder or hub_folder(),
+            port=given.port,
+            nats=given.nats,
+            credentials=given.creds,
+            replicas=given.replicas,
+        )
     except AetheriaError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)

@@ -142,8 +142,7 @@ def _add_runs(app: FastAPI, hub: Hub, admit: Admit) -> None:
 def _add_commands(app: FastAPI, hub: Hub) -> None:
     @app.post("/api/v1/runs/{run}/commands", summary="Send a command; waits for its end, if asked to", status_code=202)
     async def send(run: str, request: Request, wait: Annotated[float, Query(ge=0, le=60)] = 0.0) -> Response:
-        command = await hub.submit(run, await request.body())
-        outcome = await hub.outcome(run, command.id, wait) if wait else None
+        command, outcome = await hub.submit(run, await request.body(), wait)
         return _json({"id": command.id, "run": run, "outcome": outcome}, 202)
 
     @app.get("/api/v1/runs/{run}/commands", summary="The newest commands, and how far they got")
@@ -198,7 +197,7 @@ def _add_history(app: FastAPI, hub: Hub) -> None:
         except UnknownRunError:
             if hub.registry.get(run) is None:
                 raise
-            recorded, notes = [], []  # its folder is elsewhere: what it told is all there is
+            recorded, notes = [], []  # nothing of its folder has arrived: what it told is all there is
         return _json(
             {
                 "told": kept,

@@ -14,6 +14,7 @@ from typing import Any
 
 from aetheria.errors import HubError
 from aetheria.loom.private_files import write_private
+from aetheria.weaver.mirror import MIRROR_BYTES
 
 __all__ = ["HubFolder"]
 
@@ -43,6 +44,7 @@ class HubFolder:
         operator_token: whoever has it may do everything.
         viewer_token: whoever has it may look.
         port: the port of the hub, kept over restarts; 0 before the first start.
+        mirror_bytes: how large the copy of one run's folder may be.
 
     Raises:
         HubError: another hub holds the folder, or it cannot be written or belongs to somebody else.
@@ -70,6 +72,7 @@ class HubFolder:
         self.operator_token: str = self._settings.setdefault("operator_token", secrets.token_urlsafe(32))
         self.viewer_token: str = self._settings.setdefault("viewer_token", secrets.token_urlsafe(32))
         self.port: int = self._settings.setdefault("port", 0)
+        self.mirror_bytes: int = self._settings.setdefault("mirror_bytes", MIRROR_BYTES)
         with contextlib.suppress(FileNotFoundError):
             (self.path / "hub.json").unlink()  # of a hub that was killed
 
@@ -100,7 +103,7 @@ class HubFolder:
             raise HubError(f"cannot read {file}: {error}. Remove it; the hub then gets new tokens.") from error
         if (
             not isinstance(settings, dict)
-            or not isinstance(settings.get("port", 0), int)
+            or not all(isinstance(settings.get(name, 0), int) for name in ("port", "mirror_bytes"))
             or not all(isinstance(settings.get(name, ""), str) for name in ("operator_token", "viewer_token"))
         ):
             raise HubError(f"{file} is not what the hub writes there. Remove it; the hub then gets new tokens.")
@@ -132,6 +135,11 @@ class HubFolder:
         self.port = self._settings["port"] = listener.getsockname()[1]
         write_private(self.path / "settings.json", json.dumps(self._settings, indent=2).encode())
         return listener
+
+    @property
+    def mirrors(self) -> Path:
+        """Where the folders of runs are copied to that are not on this machine."""
+        return self.path / "mirrors"
 
     @property
     def url(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -15,9 +16,11 @@ from aetheria.client.models import ENDED, settled
 from aetheria.control.journal import read_journal
 from aetheria.errors import AetheriaError, CommandError, HubError, RunFolderError
 from aetheria.loom.messages import decode_heartbeat, decode_metrics
+from aetheria.loom.parts import Have, encode_have
 from aetheria.protocol import AnyCommand, Outcome, decode_command, encode
 from aetheria.weaver.feed import Feed
-from aetheria.weaver.registry import Registry
+from aetheria.weaver.mirror import Mirrors
+from aetheria.weaver.registry import KnownRun, Registry
 from aetheria.weaver.store import KnobState, Store
 
 __all__ = ["CommandConflictError", "Hub", "RunEndedError", "Transport"]
@@ -49,17 +52,18 @@ class CommandConflictError(CommandError):
 class Hub:
     """Joins the store, the runs, the transport and the live feed. For one event loop."""
 
-    def __init__(self, store: Store, transport: Transport) -> None:
+    def __init__(self, store: Store, transport: Transport, mirrors: Mirrors) -> None:
         self.store = store
-        self.registry = Registry(store)
+        self.registry = Registry(store, mirrors.folder)
+        self._mirrors = mirrors
         self.feed = Feed(store)
         self._transport = transport
         self._waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
-        self._on_the_way: set[str] = set()  # commands that are being published
+        self._on_the_way: dict[str, asyncio.Task[None]] = {}  # commands that are being published
         self.closing = asyncio.Event()
 
     # --- commands --------------------------------------------------------------------------------------------------
-    async def submit(self, run: str, data: bytes) -> AnyCommand:
+    async def submit(self, run: str, data: bytes, wait: float = 0.0) -> tuple[AnyCommand, Outcome | None]:
         """Accepts a command: checked, kept, published, in this order.
 
         The same command twice is the same command; it is published again unless that is known to have happened.
@@ -67,6 +71,11 @@ class Hub:
         Args:
             run: which it is for.
             data: the command, as JSON.
+            wait: up to how many seconds to wait for its final outcome. A run may take a command that it hears before
+                the message server has confirmed it; what the run says is worth more than the confirmation.
+
+        Returns:
+            The command, and how far it got: None if that was not to be waited for, or nothing is known.
 
         Raises:
             CommandError: it is none, or for another run.
@@ -83,13 +92,28 @@ class Hub:
         if known is not None and known != msgspec.structs.replace(command, created=known.created):
             raise CommandConflictError(f"the id {command.id} belongs to another command. Give each command its own id.")
         if known is not None and self.store.delivery(command.id) == "published":
-            return known
-        self._refuse_if_ended(run, await asyncio.to_thread(self.registry.status, run))
+            return known, await self.outcome(run, command.id, wait) if wait else None
+        status = self.registry.status_at_once(run)
+        self._refuse_if_ended(run, await asyncio.to_thread(self.registry.status, run) if status is None else status)
         # From here to the publication nothing else runs, so that commands are published in the order they were kept.
         if self.store.command(command.id) is None:
             self.store.accept(command, time.time())
-        await self._publish(command)
-        return command
+        publishing = self._publish(command)
+        if not wait:
+            await asyncio.shield(publishing)
+            return command, None
+        answering = asyncio.create_task(self.outcome(run, command.id, wait))
+        try:
+            await asyncio.wait((publishing, answering), return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done() and not self._is_answered(command):
+                publishing.result()  # or it is said that nobody knows
+            return command, await answering
+        finally:
+            answering.cancel()
+
+    def _is_answered(self, command: AnyCommand) -> bool:
+        outcome = self.store.outcome(command.run, command.id)
+        return outcome is not None and settled(outcome, command.dry_run)
 
     def _refuse_if_ended(self, run: str, status: str) -> None:
         if status in ENDED:
@@ -99,8 +123,21 @@ class Hub:
         if self.registry.get(run) is None:
             raise RunEndedError(f"{run} does not listen to this hub: it was started with live: off, or before the hub.")
 
-    async def _publish(self, command: AnyCommand) -> None:
-        self._on_the_way.add(command.id)
+    def _publish(self, command: AnyCommand) -> asyncio.Task[None]:
+        """Begins to publish a command, which goes on if nobody waits for it any more."""
+        task = asyncio.create_task(self._publish_now(command))
+        self._on_the_way[command.id] = task
+
+        def done(task: asyncio.Task[None]) -> None:
+            if self._on_the_way.get(command.id) is task:
+                del self._on_the_way[command.id]
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.debug("{}", error)  # whoever waits is told, too
+
+        task.add_done_callback(done)
+        return task
+
+    async def _publish_now(self, command: AnyCommand) -> None:
         try:
             await self._transport.publish_command(command.run, encode(command), command.id)
         except HubError as error:
@@ -109,8 +146,6 @@ class Hub:
                 f"the message server did not confirm the command: {error} It may still be carried out: look at its "
                 f"outcome (id {command.id}), or send it again with the same id."
             ) from error
-        finally:
-            self._on_the_way.discard(command.id)
         self.store.delivered(command.id, "published")
 
     async def sweep(self) -> int:
@@ -208,6 +243,33 @@ class Hub:
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             logger.warning("{} sent something of the kind '{}' that does not read: {}", run, kind, error)
 
+    async def take_part(self, run: str, data: bytes) -> bool:
+        """Takes a part of a run's folder, if that is out of sight; returns False where it comes too early."""
+        known = self.registry.get(run)
+        if known is None or await asyncio.to_thread(_in_sight, known):
+            return known is not None  # one that has not registered with this hub is about to
+        try:
+            taken, said = await self._mirrors.take(run, data)
+        except msgspec.MsgspecError as error:
+            logger.warning("{} sent parts of its folder that do not read: {}", run, error)
+            return True
+        self._say_of_copy(known, said)
+        return taken
+
+    async def say_what_there_is(self, run: str) -> bytes:
+        """Returns what there is of a run's folder here, as the run is told; nothing more is wanted of one in sight."""
+        known = self.registry.get(run)
+        if known is None or await asyncio.to_thread(_in_sight, known):
+            return encode_have(Have())
+        answer, said = await self._mirrors.have(run)
+        self._say_of_copy(known, said)
+        return answer
+
+    def _say_of_copy(self, known: KnownRun, said: list[str]) -> None:
+        for sentence in said:
+            event = {"kind": "mirror", "step": known.stored.step, "message": sentence, "data": {}}
+            self.feed.say(known.stored.id, "event", event)
+
     def _keep(self, run: str, outcome: Outcome) -> None:
         message = self.store.add_outcome(run, outcome)
         if message is not None:
@@ -248,7 +310,7 @@ class Hub:
                 if now >= next_save:
                     next_save = now + _SAVE_SECONDS
                     self.registry.save()
-            except (AetheriaError, OSError) as error:
+            except (AetheriaError, OSError, sqlite3.Error) as error:
                 logger.warning("The hub could not look after its runs: {}", error)
             await asyncio.sleep(1.0)
 
@@ -271,3 +333,8 @@ class Hub:
             self.registry.save()
         except (RunFolderError, OSError) as error:
             logger.warning("When the runs were last seen could not be written: {}", error)
+
+
+def _in_sight(known: KnownRun) -> bool:
+    """Returns whether the hub can look into the run's own folder; on a file system that hangs, after a long time."""
+    return known.folder is not None

@@ -17,15 +17,18 @@ from loguru import logger
 from aetheria.errors import HubError
 from aetheria.loom.broker import Broker
 from aetheria.loom.transport import HubEnd
+from aetheria.weaver.admissions import Admissions
 from aetheria.weaver.api import make_app
 from aetheria.weaver.folder import HubFolder
 from aetheria.weaver.gate import Gate, Role, Tickets
 from aetheria.weaver.hub import Hub
+from aetheria.weaver.mirror import Mirrors
 from aetheria.weaver.store import Store
 
 __all__ = ["serve"]
 
 _BROKER_INTERVAL = 1.0  # seconds between two looks at the message server
+_MOST_REPLICAS = 5  # of JetStream
 _BROKER_PATIENCE = 3  # looks at which it did not answer, until it is started anew
 
 
@@ -43,6 +46,7 @@ def serve(
     port: int | None = None,
     nats: str | None = None,
     credentials: Path | None = None,
+    replicas: int = 1,
     ready: Callable[[str], object] = lambda address: None,
 ) -> None:
     """Runs a hub until SIGTERM or SIGINT.
@@ -52,18 +56,26 @@ def serve(
         port: to listen on, on 127.0.0.1; the one it had last, by default.
         nats: the URL of a NATS server with JetStream that is there already; without it, one is started.
         credentials: the file to log in there with: a seed, or NATS credentials.
-
+        replicas: on how many servers of that cluster everything is kept, so that it outlives the loss of one.
         ready: is told an address that opens in a browser, once, when everything is there.
 
     Raises:
-        HubError: another hub runs in the folder, a port is taken, the message server cannot be started or reached.
+        HubError: another hub runs in the folder, a port is taken, the message server cannot be started or reached;
+            several replicas are wanted of the one server that a hub starts by itself.
     """
+    if not 1 <= replicas <= _MOST_REPLICAS:
+        raise HubError(f"{replicas} replicas are not possible: JetStream keeps 1 to {_MOST_REPLICAS}; 3 is usual.")
+    if nats is None and replicas > 1:
+        raise HubError(
+            f"the message server that a hub starts by itself is one server, and cannot keep {replicas} replicas. Name "
+            "a cluster of your own, with --nats URL and --creds FILE; or leave --replicas away."
+        )
     # Whatever is made from now on is the owner's alone, also what libraries such as SQLite make.
     os.umask(0o077)
     held = HubFolder(folder)
     try:
         with contextlib.closing(held.bind(port)) as listener:
-            asyncio.run(_serve(held, listener, nats, credentials, ready))
+            asyncio.run(_serve(held, listener, nats, credentials, replicas, ready))
     finally:
         held.close()
 
@@ -73,34 +85,41 @@ async def _serve(
     listener: socket.socket,
     nats: str | None,
     credentials: Path | None,
+    replicas: int,
     ready: Callable[[str], object],
 ) -> None:
     async with contextlib.AsyncExitStack() as at_end:
         store = Store(held.path / "hub.db")
         at_end.callback(store.close)
         broker: Broker | None = None
+        admissions: Admissions | None = None
         if nats is None:
             broker = Broker(held.path / "nats")
             await asyncio.to_thread(broker.start)
             at_end.push_async_callback(asyncio.to_thread, broker.stop)
+            admissions = Admissions(broker)
+            at_end.push_async_callback(admissions.close)
             end = HubEnd(broker.url, broker.hub_seed)
         else:
-            end = HubEnd(nats, "", credentials=_readable(credentials))
+            end = HubEnd(nats, "", credentials=_readable(credentials), replicas=replicas)
         await end.start()
         at_end.push_async_callback(end.close)
 
         async def admit(run: str) -> dict[str, str]:
-            if broker is not None:
-                return {"nats_url": broker.url, "seed": await asyncio.to_thread(broker.admit, run)}
+            if broker is not None and admissions is not None:
+                return {"nats_url": broker.url, "seed": await admissions.admit(run)}
             return {"nats_url": nats or "", "seed": "", "credentials": str(credentials)}
 
-        hub = Hub(store, end)
+        mirrors = Mirrors(held.mirrors, held.mirror_bytes)
+        at_end.push_async_callback(mirrors.close)
+        hub = Hub(store, end, mirrors)
         at_end.callback(hub.close)
         tickets = Tickets()
         app = make_app(hub, admit, tickets.issue, held.url)
         tokens: dict[Role, str] = {"operator": held.operator_token, "viewer": held.viewer_token}
         gate = Gate(app, held.port, tokens, tickets, store)
-        work = [asyncio.create_task(hub.tend()), asyncio.create_task(end.listen(hub.handle, at_once=hub.handle))]
+        listening = end.listen(hub.handle, at_once=hub.handle, copies=hub)
+        work = [asyncio.create_task(hub.tend()), asyncio.create_task(listening)]
         if broker is not None:
             work.append(asyncio.create_task(_keep_alive(broker)))
         at_end.push_async_callback(_cancel, work)

@@ -43,7 +43,7 @@ def test_means_are_weighted_and_survive_being_cut(
             means.load_state_dict(saved)
         means.add({"a": torch.tensor(value, dtype=torch.float64) if tensors else value}, weight)
     total = sum(weight for _, weight in rows)
-    for found in (means.since_reading(), means.since_epoch()):
+    for found in (means.since_reading().values(), means.since_epoch().values()):
         if total:
             expected = math.fsum(value * weight for value, weight in rows) / total
             assert found["a"] == pytest.approx(expected, abs=1e-9)
@@ -55,12 +55,12 @@ def test_means_are_weighted_and_survive_being_cut(
 def test_intervals_begin_anew_and_epochs_do_when_told(make: Callable[[], MetricMeans]) -> None:
     means = make()
     means.add({"a": 1.0}, 1)
-    assert means.since_reading() == {"a": 1.0}
+    assert means.since_reading().values() == {"a": 1.0}
     means.add({"a": 3.0, "b": torch.tensor([2.0])}, 1)
-    assert means.since_reading() == {"a": 3.0, "b": 2.0}
-    assert means.since_epoch() == {"a": 2.0, "b": 2.0}
+    assert means.since_reading().values() == {"a": 3.0, "b": 2.0}
+    assert means.since_epoch().values() == {"a": 2.0, "b": 2.0}
     means.new_epoch()
-    assert means.since_epoch() == {}
+    assert means.since_epoch().values() == {}
 
 
 @either
@@ -68,7 +68,7 @@ def test_what_weighs_nothing_does_not_count_even_when_it_is_nan(make: Callable[[
     means = make()
     means.add({"loss": float("nan")}, 0)
     means.add({"loss": 2.0}, 3)
-    assert means.since_reading() == {"loss": 2.0}
+    assert means.since_reading().values() == {"loss": 2.0}
 
 
 @either

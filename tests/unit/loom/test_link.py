@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,6 +19,7 @@ from loguru import logger
 from tests.freezing import freeze, frozen
 
 from aetheria.loom.link import Link
+from aetheria.loom.messages import Point, decode_points
 from aetheria.loom.processes import is_running
 from aetheria.loom.reader import RunReader
 from aetheria.protocol import Outcome, encode
@@ -249,8 +251,58 @@ def test_what_is_too_long_is_shortened_or_counted(tmp_path: Path, warnings: list
     assert link.close() == 2
 
 
+def points_of(link: Link) -> list[Point]:
+    """Returns the points in the shared memory."""
+    records = link._region.reader("metrics sent").read()
+    return [point for record in records for point in decode_points(record.data)[0]]
+
+
+def test_points_are_said_together(link: Link, tmp_path: Path) -> None:
+    points: list[Point] = [(1000.0 + step, step, {"loss": step / 2, "count": step}) for step in range(100)]
+    copy = list(points)
+    link.hand_over(points)
+    assert points == []
+    link.hand_over(points)
+    (record,) = link._region.reader("metrics sent").read()
+    assert record.things == 100
+    assert points_of(link) == copy
+    assert link.close() == 0
+    assert RunReader(tmp_path / "run.db").metric("loss").values.tolist() == [step / 2 for step in range(100)]
+
+
+def test_points_are_counted_one_by_one_where_nobody_fetches_them(tmp_path: Path) -> None:
+    link = Link(tmp_path, "run", hub="off")
+    link._record = True  # though there is nobody who does
+    metrics = {f"{number}" * 10: 1.0 for number in range(500)}
+    for first in range(0, 2000, 20):
+        link.hand_over([(0.0, step, metrics) for step in range(first, first + 20)])
+    records = link._region.reader("metrics recorded").read()
+    assert {record.things for record in records} == {10}
+    assert max(len(record.data) for record in records) <= 200_000  # so that a batch to the hub is not too large
+    assert [step for _, step, _ in points_of(link)] == list(range(records[0].missed, 2000))
+    assert records[0].missed > 100
+    assert link._undelivered() == 2000
+
+
+def test_of_many_points_only_those_are_refused_that_are_none(link: Link, tmp_path: Path, warnings: list[str]) -> None:
+    points: list[Any] = [(0.0, step, {"loss": 1.0}) for step in range(20)]
+    points[3] = (0.0, 3, {"loss": "low"})  # can be said, and is none
+    points[7] = (0.0, 7, {"loss": 10**400})
+    points[9] = (0.0, 9, {"loss": np.float32(0.5), "large": 2**70})
+    points[11] = (0.0, 11, {"\ud800": 1.0})
+    points[12] = (0.0, 12, {str(number): 1.0 for number in range(100_000)})
+    points[15] = (0.0, 15, {15: 1.0})  # likewise
+    link.hand_over(points)
+    assert [step for _, step, _ in points_of(link)] == [step for step in range(20) if step not in (3, 7, 11, 12, 15)]
+    assert [message for message in warnings if "metrics of step 7 cannot be reported: int too large" in message]
+    assert link.close() == 3
+    assert RunReader(tmp_path / "run.db").last()["large"] == (9, float(2**70))
+    assert "Metrics that are none" in (tmp_path / "sidecar.log").read_text()
+
+
 def _in_a_fork(link: Link, answers: multiprocessing.Queue[object]) -> None:
     link.metrics(99, {"loss": 1.0})
+    link.hand_over([(0.0, 99, {"loss": 1.0})])
     link.tell("event", event("x", 99))
     link.beat(99)
     link.tend()

@@ -80,8 +80,24 @@ def test_a_full_ring_drops_the_oldest_and_counts() -> None:
     assert again.read() == []
 
 
+def test_it_is_things_that_are_counted_not_records() -> None:
+    ring = Ring(256)
+    reader = ring.reader()
+    for number in range(100):
+        ring.writer.write(b"%016d" % number, number % 5 + 1)  # 32 bytes each: eight fit
+    assert ring.writer.count == reader.pending == 300
+    records = reader.read()
+    assert [record.things for record in records] == [3, 4, 5, 1, 2, 3, 4, 5]
+    assert records[0].number == reader.missed == 300 - sum(record.things for record in records)
+    reader.done(records[1])
+    assert reader.pending == ring.reader().pending == sum(record.things for record in records[2:])
+    assert ring.reader().missed == reader.missed
+
+
 def test_a_record_that_is_too_long_is_refused() -> None:
     ring = Ring(1024)
+    with pytest.raises(ValueError, match="a record of 65,536 things; at most 65,535"):
+        ring.writer.write(b"x", 1 << 16)
     ring.writer.write(b"x" * 256)
     with pytest.raises(ValueError, match="a record of 257 bytes; at most 256"):
         ring.writer.write(b"x" * 257)
@@ -253,7 +269,7 @@ def test_what_is_no_region_is_refused(tmp_path: Path, region: Region) -> None:
         with pytest.raises(HubError, match="no region"):
             Region(file.fileno())
         file.truncate(10_000)
-        with pytest.raises(HubError, match="layout 0, this process knows layout 1"):
+        with pytest.raises(HubError, match="layout 0, this process knows layout 2"):
             Region(file.fileno())
 
 
