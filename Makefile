@@ -11,9 +11,10 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3
 	$$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-JOBS ?= 2
+JOBS ?= 3
 KILLS ?= 100
 STEERED_KILLS ?= 60
+RANK_KILLS ?= 25
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-bare lint bench chaos docs pictures
@@ -68,7 +69,9 @@ lint: $(VENV)/.test ## style, types and floors
 	$(BIN)/lint-imports
 
 chaos: $(VENV)/.test ## kills runs at random instants; KILLS=1000 for a longer look
-	AETHERIA_CHAOS_KILLS=$(KILLS) AETHERIA_CHAOS_STEERED_KILLS=$(STEERED_KILLS) $(BIN)/python -m pytest tests/chaos -s
+	AETHERIA_CHAOS_KILLS=$(KILLS) AETHERIA_CHAOS_STEERED_KILLS=$(STEERED_KILLS) \
+	AETHERIA_CHAOS_RANK_KILLS=$(RANK_KILLS) AETHERIA_RANKED_STEPS=3000 AETHERIA_RANKED_PAUSE=20 \
+	AETHERIA_RANKED_TIMEOUT=5 $(BIN)/python -m pytest tests/chaos tests/integration/test_ranks_steering.py -s
 
 bench: ## measures the engine beside others, in a virtual environment of its own: benchmarks/results
 	@$(MAKE) --no-print-directory VENV=$(VENV)-bench $(VENV)-bench/.bench

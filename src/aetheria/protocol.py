@@ -127,7 +127,7 @@ class NoteArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class HealthArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What to look into."""
 
-    check: Literal["numerics", "activations", "throughput", "determinism"] = "numerics"
+    check: Literal["numerics", "activations", "throughput", "determinism", "ranks"] = "numerics"
 
 
 class Set(Command, tag="set", frozen=True):

@@ -30,7 +30,7 @@ from aetheria.orchestrator import Orchestrator
 from aetheria.runs import RunFolder, find_runs
 from aetheria.snapshot import list_snapshots
 
-KILLS = int(os.environ.get("AETHERIA_CHAOS_KILLS", "30"))
+KILLS = int(os.environ.get("AETHERIA_CHAOS_KILLS", "20"))
 LIVES_WITHOUT_PROGRESS = 25
 STEPS, VALIDATION = 0, 1
 

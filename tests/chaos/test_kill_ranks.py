@@ -24,7 +24,7 @@ from aetheria.data import LoaderDataModule
 from aetheria.runs import find_runs
 from aetheria.snapshot import list_snapshots
 
-KILLS = int(os.environ.get("AETHERIA_CHAOS_RANK_KILLS", "6"))
+KILLS = int(os.environ.get("AETHERIA_CHAOS_RANK_KILLS", "3"))
 
 
 class Model(AetherModel):

@@ -36,7 +36,7 @@ PAUSE, TIMEOUT = (
 )
 
 
-STEPS = int(os.environ.get("AETHERIA_RANKED_STEPS", "800"))
+STEPS = int(os.environ.get("AETHERIA_RANKED_STEPS", "400"))
 
 
 class Model(AetherModel):
@@ -105,7 +105,7 @@ class Operator(Callback):
 
     def command(self) -> AnyCommand:
         self.sent += 1
-        choice = self.chance.randrange(8)
+        choice = self.chance.randrange(10)
         if choice < 3:
             return command_of("set", {"values": {"learning_rate": round(self.chance.uniform(1e-4, 1e-3), 7)}})
         if choice == 3:  # refused by all; or by one rank alone, when it is carried out
@@ -116,6 +116,10 @@ class Operator(Callback):
             return command_of("note", {"text": "x" * self.chance.choice([3, 900])})
         if choice == 6:
             return command_of("validate", {})
+        if choice == 7:
+            return command_of("set", {"values": {"frozen": self.chance.choice([[], ["net.0.*"]])}})
+        if choice == 8:
+            return command_of("health", {"check": "ranks"})
         return command_of("ping", {}, dry_run=self.chance.random() < 0.5)
 
 
@@ -131,15 +135,18 @@ def steer(runs_dir: str, steps: int, seed: int) -> dict[str, Any]:
     )  # fmt: skip
     run = Orchestrator(Model(), Data(), config, callbacks=[operator], line=line)
     outcomes: list[Any] = []
+    healthy: list[bool] = []
     told = run._note_outcome
 
     def note(command: AnyCommand | None, outcome: Any) -> None:
         outcomes.append((outcome.step, outcome.command, outcome.state, outcome.message))
+        if "digests" in outcome.result:
+            healthy.append(outcome.result["healthy"])
         told(command, outcome)
 
     run._note_outcome = note  # type: ignore[method-assign]
     result = run.run()
-    return {"outcomes": outcomes, "digest": result.digest, "sent": operator.sent, "folder": str(result.folder)}
+    return {"outcomes": outcomes, "digest": result.digest, "healthy": healthy, "folder": str(result.folder)}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -147,6 +154,8 @@ def test_every_rank_does_the_same_at_the_same_step(tmp_path: Path, ranks: int) -
     found = run_ranks(ranks, steer, str(tmp_path), STEPS, ranks)
     first = found[0]
     assert all(each["digest"] == first["digest"] for each in found)
+    assert first["healthy"]
+    assert all(first["healthy"])
     final = [outcome for outcome in first["outcomes"] if outcome[2] != "accepted"]
     assert len(final) > STEPS // 60
     for each in found[1:]:

@@ -221,7 +221,7 @@ class AsyncRun:
         return await self.command("note", {"text": text}, **options)
 
     async def health(self, check: str = "numerics", **options: Unpack[CommandOptions]) -> Outcome:
-        """Looks into the run: "numerics", "activations", "throughput" or "determinism"."""
+        """Looks into the run: "numerics", "activations", "throughput", "determinism" or "ranks"."""
         return await self.command("health", {"check": check}, **options)
 
     async def ping(self, **options: Unpack[CommandOptions]) -> Outcome:

@@ -259,7 +259,7 @@ class Run:
         return self._do(self.aio.note(text, **options), wait)
 
     def health(self, check: str = "numerics", *, wait: bool = True, **options: Unpack[CommandOptions]) -> Any:
-        """Looks into the run: "numerics", "activations", "throughput" or "determinism"."""
+        """Looks into the run: "numerics", "activations", "throughput", "determinism" or "ranks"."""
         return self._do(self.aio.health(check, **options), wait)
 
     def ping(self, *, wait: bool = True, **options: Unpack[CommandOptions]) -> Any:

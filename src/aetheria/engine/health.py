@@ -16,6 +16,7 @@ from aetheria.data import BatchSource, Cursor
 from aetheria.data.order import mix
 from aetheria.data.randomness import isolated_generators
 from aetheria.engine.evaluation import EVALUATION_STREAM, evaluating
+from aetheria.engine.fingerprint import fingerprint
 from aetheria.errors import CommandError
 
 __all__ = ["Patient", "check_health"]
@@ -35,7 +36,7 @@ class Patient(Protocol):
 
 
 def check_health(check: str, run: Patient) -> dict[str, Any]:
-    """Looks into one of "numerics", "activations", "throughput", "determinism".
+    """Looks into one of "numerics", "activations", "throughput", "determinism", "ranks".
 
     Raises:
         CommandError: it needs validation data, and there are none.
@@ -45,8 +46,16 @@ def check_health(check: str, run: Patient) -> dict[str, Any]:
         "activations": _activations,
         "throughput": _throughput,
         "determinism": _determinism,
+        "ranks": _ranks,
     }
     return checks[check](run)
+
+
+def _ranks(run: Patient) -> dict[str, Any]:
+    """Compares the weights of all ranks, which must be the same bits; buffers are the first rank's to say."""
+    own = fingerprint(dict(run.model.named_parameters()))
+    digests = [said.decode() for said in run.accelerator.gather(own.encode())]
+    return {"healthy": len(set(digests)) == 1, "digests": digests}
 
 
 def _numerics(run: Patient) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from aetheria.config import TrainingConfig
 from aetheria.control.knobs import Knob, Knobs, declared
 from aetheria.control.optimizer_knobs import keep_groups, optimizer_knobs
-from aetheria.core import AetherDataModule, AetherModel, Callback, OptimizerPlan, Schedule
+from aetheria.core import Accelerator, AetherDataModule, AetherModel, Callback, OptimizerPlan, Schedule
 from aetheria.engine.schedules import Schedules
 from aetheria.errors import CommandError
 from aetheria.registry import Registry
@@ -39,6 +39,7 @@ class Steered(Protocol):
 
     config: TrainingConfig
     model: AetherModel
+    accelerator: Accelerator
     data: AetherDataModule
     callbacks: list[Callback]
     _schedules: Schedules
@@ -256,6 +257,7 @@ def _of_model(run: Steered) -> Iterator[Knob]:
             matched = any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
             count += matched
             parameter.requires_grad_(trained[name] and not matched)
+        run.accelerator.follow(run.model)
         return f"{count} of {len(trained)} parameters are frozen"
 
     yield Knob(

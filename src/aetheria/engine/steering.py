@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterable, Sequence
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
-
-import torch
-from torch import Tensor
 
 from aetheria.control.decision import Decision
 from aetheria.control.desk import Action, Boundary, Desk, Done
@@ -18,6 +13,7 @@ from aetheria.control.line import Line
 from aetheria.control.pausing import Pausing
 from aetheria.control.telling import Telling
 from aetheria.core import AetherModel
+from aetheria.engine.fingerprint import fingerprint
 from aetheria.protocol import (
     AnyCommand,
     Health,
@@ -36,7 +32,7 @@ from aetheria.snapshot.format import model_tensors
 if TYPE_CHECKING:  # only imported where there is more than one rank
     from aetheria.control.agreement import Agreement
 
-__all__ = ["Steerable", "Steering", "describe", "fingerprint"]
+__all__ = ["Steerable", "Steering", "describe"]
 
 
 class Steerable(Protocol):
@@ -115,7 +111,9 @@ class Steering:
         self._agreement = agreement
         self._arrived: list[bytes] = []  # and not agreed on yet
         vote = None if agreement is None else agreement.vote
-        self.desk = Desk(run_id, journal, knobs, self._actions(), self._tell, lambda: fingerprint(run.model), vote)
+        self.desk = Desk(
+            run_id, journal, knobs, self._actions(), self._tell, lambda: fingerprint(model_tensors(run.model)[0]), vote
+        )
 
     # --- an earlier life -------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -282,34 +280,3 @@ def describe(command: AnyCommand, outcome: Outcome) -> str:
     why = f" ({command.reason})" if command.reason else ""
     became = "" if outcome.state == "applied" else f": {outcome.state}, {outcome.message}"
     return f"{what}{by}{why}{became}"
-
-
-def fingerprint(model: AetherModel) -> str:
-    """Returns a short digest of the weights, taken where they are: one sum over the bits of each, one transfer.
-
-    It tells runs apart that have gone different ways; unlike `weights_digest` it does not resist somebody who wants two
-    models to have the same one.
-    """
-    tensors, _ = model_tensors(model)
-    sums = [_sum_of_bits(tensor) for tensor in tensors.values()]
-    if not sums:
-        return ""
-    together = torch.stack([value.to(sums[0].device) for value in sums]).tolist()
-    content = b"".join(name.encode() + struct.pack("<q", bits) for name, bits in zip(tensors, together, strict=True))
-    return sha256(content).hexdigest()[:16]
-
-
-_COLUMNS = 251
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _sum_of_bits(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).reshape(-1)
-    bits = flat.view(_INTEGERS[flat.element_size()])
-    # Two numbers that change places must not go unnoticed: each counts by its column.
-    rows = bits.numel() // _COLUMNS
-    columns = bits[: rows * _COLUMNS].view(rows, _COLUMNS).sum(0, dtype=torch.int64)
-    columns[: bits.numel() - rows * _COLUMNS] += bits[rows * _COLUMNS :]
-    return (columns * torch.arange(1, 2 * _COLUMNS, 2, device=bits.device)).sum()

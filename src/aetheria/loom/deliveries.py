@@ -30,6 +30,8 @@ __all__ = ["Deliveries"]
 _ANSWERS = frozenset({"accepted", "rejected", "applied", "failed"})  # the run knows it: it need not come again
 _BUSY = 5.0  # seconds during which an answer is expected soon
 _STORING = 5.0  # seconds after which what was heard does not arrive any more: it was not stored, or had been before
+_MISSED = 6.0  # seconds that a command waits for one that it has overtaken; three times what a delivery is given
+_RECENT = 1000  # commands
 _EAGER = 0.05  # and during which it is expected at once: so long most boundaries are away
 
 
@@ -65,6 +67,8 @@ class Deliveries:
         self._open: dict[str, _Delivery] = {}
         self._waiting: deque[str] = deque()  # those for which there was no slot
         self._newest = ""  # the id of the command that was taken last: everything that was sent before it has been
+        self._recent: dict[str, None] = {}  # the ids of commands that were taken, the newest last
+        self._held: dict[str, tuple[float, Arrival]] = {}  # by the id of the command that each has overtaken
         self._early: dict[str, float] = {}  # taken when they were heard, and to arrive, at the latest then
         self._busy_until = self._eager_until = 0.0
         self._came = asyncio.Event()
@@ -96,6 +100,19 @@ class Deliveries:
             await arrival.done()
             return
         self._busy_until = time.monotonic() + _BUSY
+        if self._overtakes(arrival):
+            self._held[arrival.previous] = (time.monotonic() + _MISSED, arrival)
+            return
+        await self._arrive(arrival)
+
+    def _overtakes(self, arrival: Arrival) -> bool:
+        """Returns whether the command before it has not come, and may be expected to.
+
+        A message that a connection took with it when it ended comes again when its time is out, behind newer ones.
+        """
+        return bool(arrival.previous and self._recent and arrival.previous not in self._recent)
+
+    async def _arrive(self, arrival: Arrival) -> None:
         identity = _id_of(arrival.data) or arrival.id
         early = self._early.pop(identity, 0.0) > time.monotonic()
         known = self._open.get(identity)
@@ -106,6 +123,14 @@ class Deliveries:
         else:
             self._newest = arrival.id
             self._take(identity, arrival.data, arrival)
+        self._note(arrival.id)
+        if (held := self._held.pop(arrival.id, None)) is not None:
+            await self._arrive(held[1])
+
+    def _note(self, sent: str) -> None:
+        self._recent[sent] = None
+        if len(self._recent) > _RECENT:
+            del self._recent[next(iter(self._recent))]
 
     def heard(self, command: Overheard) -> None:
         """Takes a command that has been overheard, unless another one could have been sent before it.
@@ -125,6 +150,7 @@ class Deliveries:
         self._busy_until = now + _BUSY
         self._newest = command.id
         self._early[identity] = now + _STORING
+        self._note(command.id)
         self._take(identity, command.data, None)
 
     def _take(self, identity: str, data: bytes, arrival: Arrival | None) -> None:
@@ -163,6 +189,11 @@ class Deliveries:
         for delivery in list(self._open.values()):
             if delivery.arrival is not None:
                 await delivery.arrival.working()
+        for previous, (until, arrival) in list(self._held.items()):
+            if time.monotonic() < until:
+                await arrival.working()
+            elif self._held.pop(previous, None) is not None:  # the one before it was never stored
+                await self._arrive(arrival)
 
     def disconnected(self) -> None:
         """Forgets what belongs to a connection that has ended: commands without a slot come again, in their order.
@@ -171,9 +202,12 @@ class Deliveries:
         connection would be wrong: a server that has lost its store would take that for another command.
         """
         for identity in self._waiting:
-            self._open.pop(identity, None)
+            delivery = self._open.pop(identity, None)
+            arrived = None if delivery is None else delivery.arrival
+            self._recent.pop(identity if arrived is None else arrived.id, None)
         self._waiting.clear()
         self._early.clear()
+        self._held.clear()
         self._newest = ""
         for delivery in self._open.values():
             delivery.arrival = None

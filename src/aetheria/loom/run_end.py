@@ -28,11 +28,13 @@ class Arrival:
     Attributes:
         id: as the hub gave it.
         data: the command.
+        previous: the id of the command that the hub sent to this run before it; "" where the hub does not know.
     """
 
     id: str
     data: bytes
     _message: Msg
+    previous: str = ""
 
     async def done(self) -> None:
         """It need not be delivered again. Says so only as long as its connection lives; otherwise it comes again."""
@@ -129,7 +131,8 @@ class RunEnd:
         self._open()
         assert self._puller is not None
         message = await self._puller.next()
-        return Arrival((message.headers or {}).get(ID, ""), message.data, message)
+        headers = message.headers or {}
+        return Arrival(headers.get(ID, ""), message.data, message, headers.get(PREVIOUS, ""))
 
     async def overhear(self, heard: Callable[[Overheard], None]) -> None:
         """Hands over commands as they are said, from now on: earlier than they arrive, and perhaps not all of them.

@@ -129,12 +129,14 @@ class HubEnd:
                 return
             except HubError as error:
                 if isinstance(error, NotStoredError) and error.refused:
+                    self._newest.pop(run, None)  # nobody is to wait for it
                     raise  # too large, or no room: so it will be the next time
                 failure = str(error).removesuffix(".")
                 await asyncio.sleep(0.05)
                 if self._connection is not None and not self._connection.closed.is_set():
                     with suppress(HubError):
                         await self._prepare(self._connection)  # somebody may have deleted the streams
+        self._newest.pop(run, None)
         raise HubError(
             f"the command was not acknowledged in {timeout:g} seconds: {failure}. Send it again with the same id: it "
             "will have one effect."

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from aetheria.accelerator import CPUAccelerator
 from aetheria.config import TrainingConfig
 from aetheria.control.knobs import Knobs, controllable
 from aetheria.core import AetherModel, Callback, OptimizerPlan, Schedule
@@ -51,6 +52,7 @@ class Run:
     def __init__(self, **options: Any) -> None:
         self.model, self.data, self.callbacks = Net(), SimpleNamespace(), [Patience()]
         self.config = TrainingConfig(**{"epochs": 2} | options)
+        self.accelerator = CPUAccelerator()
         self._schedules = Schedules(as_plan(self.model.configure_optimizers()))
         self.knobs: Knobs = builtin_knobs(self)  # type: ignore[arg-type]
 

@@ -17,9 +17,11 @@ from aetheria.control.knobs import controllable
 from aetheria.control.line import NoLine
 from aetheria.core import AetherModel, Callback, OptimizerPlan, RunResult, Schedule
 from aetheria.data import LoaderDataModule
-from aetheria.engine.steering import describe, fingerprint
+from aetheria.engine.fingerprint import fingerprint
+from aetheria.engine.steering import describe
 from aetheria.orchestrator import Orchestrator
 from aetheria.protocol import AnyCommand, Outcome, command_of, encode
+from aetheria.snapshot.format import model_tensors
 
 
 class Small(AetherModel):
@@ -221,7 +223,7 @@ def changed(change: Callable[[Small], object]) -> str:
     model = Small()
     with torch.no_grad():
         change(model)
-    return fingerprint(model)
+    return fingerprint(model_tensors(model)[0])
 
 
 def test_a_fingerprint_sees_every_bit_and_every_place() -> None:
@@ -248,7 +250,7 @@ def test_any_kind_and_size_of_tensor_has_a_fingerprint(kind: torch.dtype, size: 
             content[-1] = value
         model.net = nn.Sequential()
         model.register_buffer("content", content.to(kind))
-        return fingerprint(model)
+        return fingerprint(model_tensors(model)[0])
 
     assert of(0) == of(0)
     assert (of(0) != of(1)) == (size > 0)
@@ -257,7 +259,7 @@ def test_any_kind_and_size_of_tensor_has_a_fingerprint(kind: torch.dtype, size: 
 def test_a_model_without_weights_has_none() -> None:
     model = Small()
     model.net = nn.Sequential()
-    assert fingerprint(model) == ""
+    assert fingerprint(model_tensors(model)[0]) == ""
 
 
 @pytest.mark.parametrize(

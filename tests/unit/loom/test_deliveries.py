@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,9 @@ class _Message:
     async def ack(self) -> None:
         self._acknowledged.append(self._name)
 
+    async def in_progress(self) -> None:
+        pass
+
 
 class _Way:
     """The way from the hub to the training: commands "command-0", "command-1", ... were sent, in this order."""
@@ -42,9 +46,10 @@ class _Way:
         known = number - 1 if previous is None else previous
         self.deliveries.heard(Overheard(name(number), name(known) if known >= 0 else "", data(number)))
 
-    async def arrive(self, number: int) -> None:
+    async def arrive(self, number: int, *, previous: bool = False) -> None:
         message: Any = _Message(name(number), self.acknowledged)
-        await self.deliveries.arrived(Arrival(name(number), data(number), message))
+        before = name(number - 1) if previous and number else ""
+        await self.deliveries.arrived(Arrival(name(number), data(number), message, before))
 
     def train(self) -> None:
         for taken in self.region.take():
@@ -190,5 +195,36 @@ def test_whatever_is_heard_the_training_gets_all_in_their_order(steps: list[str]
         assert way.trained == names(*range(heard))
         assert sorted(way.acknowledged) == sorted(way.trained)
         way.close()
+
+    asyncio.run(body())
+
+
+def test_a_message_that_was_lost_is_not_overtaken_by_newer_ones() -> None:
+    async def body() -> None:
+        way = _Way()
+        for number in (0, 3, 4, 5):  # 1 and 2 come again when their time is out
+            await way.arrive(number, previous=True)
+        way.train()
+        assert way.trained == [name(0)]
+        for number in (1, 2):
+            await way.arrive(number, previous=True)
+        way.train()
+        assert way.trained == [name(number) for number in range(6)]
+
+    asyncio.run(body())
+
+
+def test_what_was_never_stored_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        way = _Way()
+        await way.arrive(0, previous=True)
+        await way.arrive(2, previous=True)
+        await way.deliveries.keep()
+        way.train()
+        assert way.trained == [name(0)]
+        monkeypatch.setattr("aetheria.loom.deliveries.time.monotonic", lambda: float("inf"))
+        await way.deliveries.keep()
+        way.train()
+        assert way.trained == [name(0), name(2)]
 
     asyncio.run(body())
