@@ -24,7 +24,7 @@ from aetheria.loom import recorder
 from aetheria.plugins.callbacks.progress_bar import ProgressBar
 from benchmarks.pairs import IterableLane, Lane, SequenceLane
 
-__all__ = ["CONTESTANTS", "FEATURES", "lane_of", "train_with_aetheria"]
+__all__ = ["CONTESTANTS", "FEATURES", "lane_of", "pace_recorder", "train_with_aetheria"]
 
 FEATURES, HIDDEN = 10, 64
 
@@ -85,7 +85,7 @@ class _PacedProgressBar(ProgressBar):
         return super()._draw()
 
 
-def _pace_recorder(lane: Lane) -> None:
+def pace_recorder(lane: Lane) -> None:
     """Has `run.db` written during this contestant's turns only, as often in its own time as usual."""
     commit = recorder.Recorder._commit
 
@@ -105,7 +105,7 @@ def train_with_aetheria(model: AetherModel, batches: Lane, progress_bar: bool) -
         batches: its data.
         progress_bar: whether to draw the bars as on a terminal.
     """
-    _pace_recorder(batches)
+    pace_recorder(batches)
     with tempfile.TemporaryDirectory() as folder:
         # The lane stands for a list; read as lists are, without seeding the generators for each of its batches.
         config = TrainingConfig(max_steps=len(batches), runs_dir=folder, accelerator="cpu", sample_seeding=False)

@@ -54,7 +54,7 @@ def train(runs_dir: str, steps: int) -> str:
     return Orchestrator(Model(), data, config).run("auto").digest
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, 3] if KILLS > 3 else [3])
 def test_killed_ranks_end_at_the_same_weights(tmp_path: Path, count: int) -> None:
     steps = 60 + 40 * KILLS
     (expected, *others) = run_ranks(count, train, str(tmp_path / "whole"), steps, AETHERIA_LAUNCH_ID="whole")

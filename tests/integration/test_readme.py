@@ -116,7 +116,7 @@ def test_what_the_readme_shows_of_steering_works(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("AETHERIA_HOME", str(tmp_path / "home"))
     reader = Reader(tmp_path)
     reader.write_files()
-    ((train,), steering, afterwards) = (commands(block) for block in blocks("console")[4:])
+    ((train,), steering, afterwards) = (commands(block) for block in blocks("console")[4:7])
     (script,) = (block for block in blocks("python") if "aetheria.connect()" in block)
     training = reader.start(train)
     try:

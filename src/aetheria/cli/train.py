@@ -120,7 +120,7 @@ def _run(config: TrainingConfig, resume_from: str | Path | None, quiet: bool) ->
             if not hasattr(orchestrator, "folder"):
                 raise  # there is no run yet that could be continued
             if _is_first():
-                typer.echo(f"{error}\n\nContinue with:\n  {_continue_command(orchestrator.folder)}", err=True)
+                typer.echo(f"{error}\n\nContinue with:\n  {_continue_command(orchestrator.folder, config)}", err=True)
             raise typer.Exit(130) from None
     if _is_first():
         _print_result(result, config)
@@ -144,7 +144,7 @@ def _print_result(result: RunResult, config: TrainingConfig) -> None:
     for name, value in rows.items():
         typer.echo(f"  {name:<8}{value}")
     if result.signal is not None:
-        typer.echo(f"\nContinue with:\n  {_continue_command(result.folder)}")
+        typer.echo(f"\nContinue with:\n  {_continue_command(result.folder, config)}")
         return
     reached_steps = config.max_steps is not None and result.global_step >= config.max_steps
     typer.echo(
@@ -152,12 +152,18 @@ def _print_result(result: RunResult, config: TrainingConfig) -> None:
         f"  aetheria show {run}\n"
         f"  aetheria plot {run} -o curves.png\n"
         f"  aetheria predict {run} --input FILE --output FILE\n"
-        f"  {_continue_command(result.folder)} --set {'max_steps' if reached_steps else 'epochs'}=N    # train longer"
+        f"  {_continue_command(result.folder, config)}"
+        f" --set {'max_steps' if reached_steps else 'epochs'}=N    # train longer"
     )
 
 
-def _continue_command(folder: Path) -> str:
-    return f"aetheria continue {_shown(folder)}"
+def _continue_command(folder: Path, config: TrainingConfig) -> str:
+    import os
+
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if ranks == "1" or config.source is None:
+        return f"aetheria continue {_shown(folder)}"
+    return f"aetheria launch --nproc {ranks} {_shown(config.source)} --resume {_shown(folder)}"
 
 
 def _shown(folder: Path) -> str:

@@ -271,11 +271,18 @@ class Hub:
             self.feed.say(known.stored.id, "event", event)
 
     def _keep(self, run: str, outcome: Outcome) -> None:
+        self._observe(run, outcome)
         message = self.store.add_outcome(run, outcome)
         if message is not None:
             self.feed.publish(message)
         for event in self._waiting.get(outcome.command, ()):
             event.set()
+
+    def _observe(self, run: str, outcome: Outcome) -> None:
+        """Notes where knobs are after a `set`: its outcome is heard before the run's own word about its knobs comes."""
+        after, known = outcome.result.get("after"), self.store.knobs(run)
+        if outcome.state == "applied" and isinstance(after, dict) and known and outcome.revision > known.revision:
+            self.store.set_knobs(run, KnobState(known.schema, known.observed | after, outcome.revision, time.time()))
 
     def _event(self, run: str, event: dict[str, Any]) -> None:
         known_run = self.registry.get(run)
@@ -287,6 +294,8 @@ class Hub:
             return
         schema, values, revision = (event.get(name) for name in ("schema", "values", "revision"))
         known = self.store.knobs(run)
+        if known is not None and isinstance(revision, int) and revision < known.revision:
+            return  # said before what is known already
         state = KnobState(
             schema if isinstance(schema, dict) else (known.schema if known is not None else {}),
             values if isinstance(values, dict) else {},

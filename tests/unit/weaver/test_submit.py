@@ -153,3 +153,23 @@ def test_a_command_goes_on_its_way_when_its_sender_has_gone(store: Store) -> Non
             await asyncio.sleep(0)
 
     with_hub(store, body)
+
+
+def test_what_was_set_is_known_before_the_run_tells_its_knobs_anew(store: Store) -> None:
+    def told(rate: float, revision: int) -> bytes:
+        values = {"learning_rate": rate, "momentum": 0.9}
+        return encode({"kind": "knobs", "schema": {}, "values": values, "revision": revision})
+
+    async def body(hub: Hub, wire: Wire) -> None:
+        await hub.handle(RUN, "status", told(0.1, 3))
+        done = Outcome(command="a" * 8, run=RUN, state="applied", revision=4, result={"after": {"learning_rate": 0.01}})
+        await hub.handle(RUN, "ack", encode(done))
+        known = store.knobs(RUN)
+        assert known is not None
+        assert known.observed == {"learning_rate": 0.01, "momentum": 0.9}
+        await hub.handle(RUN, "status", told(0.1, 3))  # said before, and stored later
+        assert store.knobs(RUN) == known
+        await hub.handle(RUN, "status", told(0.02, 4))
+        assert (store.knobs(RUN) or known).observed["learning_rate"] == 0.02
+
+    with_hub(store, body)
