@@ -476,7 +476,7 @@ def test_a_killed_server_is_found_again(broker: Broker, empty: bool) -> None:
             await hub.publish_command("run", b"never", "id-never", timeout=0.5)
         if empty:
             subprocess.run(["rm", "-rf", str(broker.folder / "store")], check=True)
-        sending = asyncio.create_task(hub.publish_command("run", b"after", "id-after"))
+        sending = asyncio.create_task(hub.publish_command("run", b"after", "id-after", timeout=25.0))
         await asyncio.to_thread(broker.restart)
         await sending  # had to wait for the server, not to be repeated
         end = RunEnd(broker.url, seed, "run")
