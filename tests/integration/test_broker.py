@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.freezing import freeze, frozen
@@ -329,6 +330,43 @@ def test_a_run_may_do_nothing_but_its_own(broker: Broker) -> None:
         await hub.close()
 
     # The heartbeat that makes the hub admit the run is not needed: sending a command does so, too.
+    run_async(body)
+
+
+def test_a_command_that_is_sent_again_keeps_its_place(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        failed = 0
+        store = Connection.store
+
+        async def counted(*args: Any, **options: Any) -> None:
+            nonlocal failed
+            try:
+                await store(*args, **options)
+            except HubError:
+                failed += 1
+                raise
+
+        hub = HubEnd(broker.url, broker.hub_seed)
+        await hub.start()
+        end = RunEnd(broker.url, broker.admit("mine"), "mine")
+        await end.connect()
+        await hub.publish_command("mine", b"0", "id-0")
+        monkeypatch.setattr("aetheria.loom.transport._ATTEMPT", 0.2)
+        monkeypatch.setattr(Connection, "store", counted)
+        with frozen(broker.pid):  # so long that the first attempt is given up
+            sending = asyncio.create_task(hub.publish_command("mine", b"1", "id-1", timeout=20.0))
+            await until(lambda: failed)
+        await sending
+        await hub.publish_command("mine", b"2", "id-2")
+        arrivals = await commands_of(end, 3)
+        assert [(arrival.previous, arrival.id) for arrival in arrivals] == [
+            ("", "id-0"),
+            ("id-0", "id-1"),
+            ("id-1", "id-2"),
+        ]
+        await end.close()
+        await hub.close()
+
     run_async(body)
 
 

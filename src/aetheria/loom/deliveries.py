@@ -30,7 +30,7 @@ __all__ = ["Deliveries"]
 _ANSWERS = frozenset({"accepted", "rejected", "applied", "failed"})  # the run knows it: it need not come again
 _BUSY = 5.0  # seconds during which an answer is expected soon
 _STORING = 5.0  # seconds after which what was heard does not arrive any more: it was not stored, or had been before
-_MISSED = 6.0  # seconds that a command waits for one that it has overtaken; three times what a delivery is given
+_MISSED = 20.0  # seconds that a command waits for one that it has overtaken: a server may stand still for some
 _RECENT = 1000  # commands
 _EAGER = 0.05  # and during which it is expected at once: so long most boundaries are away
 

@@ -38,6 +38,7 @@ __all__ = ["ACK_WAIT", "COMMANDS_ON_THE_WAY", "Arrival", "Handler", "HubEnd", "R
 _REPORTS_AT_ONCE = 128
 _ACKNOWLEDGING = 0.2  # seconds after which metrics that came one by one are acknowledged, all at once
 _RETRIES = 5  # of a handler that raises
+_ATTEMPT = 2.0  # seconds after which a command that was not acknowledged is sent again
 
 Handler = Callable[[str, str, bytes], Awaitable[None]]
 """`async handler(run, kind, data)`, kind: "ack", "event", "status", "metric" or "hb"."""
@@ -119,13 +120,10 @@ class HubEnd:
             try:
                 connection = await self._current(left)
                 await self._ensure_consumer(connection, run)
-                if failure:
-                    self._newest.pop(run, None)  # whether what was sent meanwhile is before it nobody knows
-                else:
-                    if previous := self._newest.get(run):  # so who overhears it knows whether he has heard all before
-                        headers[PREVIOUS] = previous
+                if PREVIOUS not in headers:  # what is sent again keeps its place: who gets the next one waits for it
+                    headers[PREVIOUS] = self._newest.get(run, "")
                     self._newest[run] = id
-                await connection.store([(target, data, headers)], timeout=min(left, 2.0))
+                await connection.store([(target, data, headers)], timeout=min(left, _ATTEMPT))
                 return
             except HubError as error:
                 if isinstance(error, NotStoredError) and error.refused:
