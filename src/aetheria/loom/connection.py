@@ -28,8 +28,8 @@ __all__ = ["FAILURES", "Connection", "NotStoredError", "Publication", "Puller"]
 FAILURES = (nats_errors.Error, OSError, TimeoutError, asyncio.TimeoutError)
 
 _PING = 2  # seconds; a server that leaves two of them unanswered is given up
-_EXPIRES = 20.0  # seconds after which a request for messages is made again
-_HEARTBEAT = 2.0  # seconds between two signs of life of such a request
+_EXPIRES = 60.0  # seconds after which a request for messages is made again
+_HEARTBEAT = 5.0  # seconds between two signs of life of such a request
 
 
 class NotStoredError(HubError):
@@ -273,7 +273,8 @@ class Puller:
             if self._owed <= 0:
                 await self._ask()
             try:
-                message = await asyncio.wait_for(self._arrived.get(), 3 * _HEARTBEAT)
+                async with asyncio.timeout(3 * _HEARTBEAT):  # `wait_for` would make a task of it
+                    message = await self._arrived.get()
             except TimeoutError:
                 self._owed = 0  # not even a sign of life: the request was lost
                 continue

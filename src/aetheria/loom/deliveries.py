@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ __all__ = ["Deliveries"]
 _ANSWERS = frozenset({"accepted", "rejected", "applied", "failed"})  # the run knows it: it need not come again
 _BUSY = 5.0  # seconds during which an answer is expected soon
 _STORING = 5.0  # seconds after which what was heard does not arrive any more: it was not stored, or had been before
-_MISSED = 20.0  # seconds that a command waits for one that it has overtaken: a server may stand still for some
+_MISSED = 3.0  # seconds after which it is asked whether what a command has overtaken is still to come
 _RECENT = 1000  # commands
 _EAGER = 0.05  # and during which it is expected at once: so long most boundaries are away
 
@@ -184,16 +185,28 @@ class Deliveries:
         if delivery is not None and delivery.arrival is not None:
             await delivery.arrival.done()
 
-    async def keep(self) -> None:
-        """Says that the commands are being dealt with, so that they are not delivered again."""
-        for delivery in list(self._open.values()):
-            if delivery.arrival is not None:
-                await delivery.arrival.working()
-        for previous, (until, arrival) in list(self._held.items()):
-            if time.monotonic() < until:
-                await arrival.working()
-            elif self._held.pop(previous, None) is not None:  # the one before it was never stored
-                await self._arrive(arrival)
+    async def keep(self, unanswered: Callable[[], Awaitable[int | None]]) -> None:
+        """Says that the commands are being dealt with, so that they are not delivered again.
+
+        A command that has overtaken another one is let go when that was never stored: when the server waits for no
+        more answers than there are commands here.
+
+        Args:
+            unanswered: asks the server how many it waits for.
+
+        Raises:
+            HubError: it does not say.
+        """
+        arrived = [delivery.arrival for delivery in list(self._open.values()) if delivery.arrival is not None]
+        held = list(self._held.items())
+        for arrival in (*arrived, *(arrival for _, (_, arrival) in held)):
+            await arrival.working()
+        late = [previous for previous, (until, _) in held if time.monotonic() >= until]
+        if not late or (await unanswered() or 0) > len(arrived) + len(held):
+            return
+        for previous in late:
+            if (found := self._held.pop(previous, None)) is not None:
+                await self._arrive(found[1])
 
     def disconnected(self) -> None:
         """Forgets what belongs to a connection that has ended: commands without a slot come again, in their order.

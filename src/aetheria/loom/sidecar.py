@@ -160,9 +160,9 @@ class Sidecar:
     async def _give_signs_of_life(self) -> None:
         while True:
             self._region.sidecar_beat()
-            if self._end is not None:
-                await self._attempt(self._beat(self._end))
-                await self._deliveries.keep()
+            if (end := self._end) is not None:
+                await self._attempt(self._beat(end))
+                await self._attempt(self._deliveries.keep(end.unanswered))
             await asyncio.sleep(_HEARTBEAT)
 
     async def _beat(self, end: RunEnd) -> None:

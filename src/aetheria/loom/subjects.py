@@ -7,6 +7,7 @@ be called anything; what a subject cannot hold is written as `=` and two hex dig
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from urllib.parse import quote, unquote
 
 from aetheria.errors import HubError
@@ -39,6 +40,7 @@ MIRRORS = "WEAVE_MIRRORS"  # parts of run folders: on disk, the oldest go first;
 COMMANDS_ON_THE_WAY = 16  # commands that a run may have got and not answered; the region has as many slots
 ACK_WAIT = 2.0  # seconds after which a command that nobody speaks for is delivered again
 
+_SUBJECT = re.compile(re.escape(PREFIX) + r"\.([^.]+)\.([a-z]+)")
 _LONGEST_TOKEN = 200  # a consumer is kept in a folder that is called like it
 
 
@@ -63,13 +65,14 @@ def subject(run: str, kind: str) -> str:
     return f"{PREFIX}.{token_of(run)}.{kind}"
 
 
+@lru_cache(maxsize=8192)
 def which(name: str) -> tuple[str, str]:
     """Returns the run and the kind that a subject speaks of.
 
     Raises:
         ValueError: it is none of ours.
     """
-    found = re.fullmatch(re.escape(PREFIX) + r"\.([^.]+)\.([a-z]+)", name)
+    found = _SUBJECT.fullmatch(name)
     if found is None:
         raise ValueError(f"{name!r} is not a subject of {PREFIX}.")
     return unquote(found[1].replace("=", "%"), errors="surrogateescape"), found[2]

@@ -36,7 +36,7 @@ class Feed:
         self._store = store
         self._first, self.last = store.feed_range()
         self._recent: deque[Message] = deque(store.feed(self.last - _RECENT, _RECENT), maxlen=_RECENT)
-        self._states: dict[tuple[str, str], tuple[int, Message]] = {}
+        self._states: dict[tuple[str, str], tuple[int, float, Any]] = {}
         self._version = 0
         self._followers: set[asyncio.Event] = set()
 
@@ -52,10 +52,9 @@ class Feed:
         self.publish(self._store.append(run, kind, text, time.time() if when is None else when))
 
     def show(self, run: str, kind: str, data: Any) -> None:
-        """Shows a state: who is slow sees the newest one only."""
+        """Shows a state: who is slow sees the newest one only. It is written down when somebody looks."""
         self._version += 1
-        text = msgspec.json.encode(data).decode()
-        self._states[run, kind] = self._version, Message(0, run, kind, time.time(), text)
+        self._states[run, kind] = self._version, time.time(), data
         self._wake()
 
     def _wake(self) -> None:
@@ -99,9 +98,13 @@ class Feed:
                     continue
                 now = time.monotonic()
                 if self._version > seen and now >= next_states:
-                    newer = [message for version, message in self._states.values() if version > seen]
+                    wanted = [
+                        Message(0, of, kind, when, msgspec.json.encode(data).decode())
+                        for (of, kind), (version, when, data) in self._states.items()
+                        if version > seen and run in (None, of)
+                    ]
                     seen, next_states = self._version, now + _STATE_INTERVAL
-                    if wanted := [message for message in newer if run in (None, message.run)]:
+                    if wanted:
                         yield wanted
                     continue
                 try:

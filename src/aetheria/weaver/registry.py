@@ -59,10 +59,10 @@ class KnownRun:
     @property
     def folder(self) -> RunFolder | None:
         """Its folder, where that lies on this machine."""
-        path = Path(self.stored.folder)
-        if self.stored.host != _HOST or not self.stored.folder or not path.is_dir():
+        if self.stored.host != _HOST or not self.stored.folder:
             return None
-        return RunFolder(path)
+        path = Path(self.stored.folder)
+        return RunFolder(path) if path.is_dir() else None
 
     @property
     def history(self) -> RunFolder | None:
@@ -96,6 +96,8 @@ class KnownRun:
 
     def _copied_status(self, living: str) -> str:
         """Returns how it ended, if the copy of its `run.json` says that it did."""
+        if not self.mirror.is_dir():
+            return living  # there is none yet
         folder = RunFolder(self.mirror)
         try:
             status = self._written_status(folder)
@@ -104,7 +106,7 @@ class KnownRun:
             # One that has just been continued is ahead of the copy, which then tells of another process.
             return living if self.fresh and folder.read().get("pid") != self.stored.pid else status
         except RunFolderError:
-            return living  # there is none yet
+            return living
 
     def _written_status(self, folder: RunFolder) -> str:
         """Returns what `run.json` says; read again only where it is another file, or a changed one."""

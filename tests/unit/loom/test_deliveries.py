@@ -217,13 +217,22 @@ def test_a_message_that_was_lost_is_not_overtaken_by_newer_ones() -> None:
 def test_what_was_never_stored_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         way = _Way()
+        unanswered = 3  # of the server: 0, 2, and one that has not come
+
+        async def ask() -> int:
+            return unanswered
+
         await way.arrive(0, previous=True)
         await way.arrive(2, previous=True)
-        await way.deliveries.keep()
+        await way.deliveries.keep(ask)
         way.train()
         assert way.trained == [name(0)]
         monkeypatch.setattr("aetheria.loom.deliveries.time.monotonic", lambda: float("inf"))
-        await way.deliveries.keep()
+        await way.deliveries.keep(ask)
+        way.train()
+        assert way.trained == [name(0)]  # it is on its way
+        unanswered = 2
+        await way.deliveries.keep(ask)
         way.train()
         assert way.trained == [name(0), name(2)]
 
