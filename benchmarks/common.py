@@ -6,12 +6,13 @@ versions, command and date, and keeps what was slower than hoped like the rest.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["Figure", "parser", "report", "summarise"]
+from benchmarks.options import parser
+
+__all__ = ["Figure", "parser", "report", "slower_by", "summarise"]
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -72,12 +75,24 @@ def summarise(
     )
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser with the options that all benchmarks take."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--short", action="store_true", help="few samples: shows that it runs, not how fast")
-    made.add_argument("--no-save", action="store_true", help="print the table only")
-    return made
+def slower_by(
+    name: str, taken: Any, block: int, target: float | None = None, note: str = "", hand: str = "by hand"
+) -> Figure:
+    """Returns how much longer a step takes than by hand, as a share of that.
+
+    Args:
+        name: of the contestant.
+        taken: how long each pair of blocks took: [pairs, (by hand, contestant), (wall, processor)], seconds.
+        block: steps in each.
+        target: in percent.
+        note: what the reader should know.
+        hand: what it is compared with.
+    """
+    steps = np.array(taken) / block * 1e6
+    step, beyond = np.median(steps[:, 0, 0]), steps[:, 1, 0] - steps[:, 0, 0]
+    processor = np.median(steps[:, 1, 1] - steps[:, 0, 1])
+    said = f"{hand} {step:,.0f} µs; {np.median(beyond):+,.1f} µs, in processor time {processor:+,.1f} µs"
+    return summarise(f"{name}: slower by", "%", 100 * beyond / step, target, f"{said}{note}")
 
 
 def report(name: str, title: str, figures: Sequence[Figure], *, save: bool, settings: dict[str, Any]) -> None:
@@ -119,7 +134,25 @@ def _machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "load_average": round(os.getloadavg()[0], 1),
         "threads": torch.get_num_threads(),
+        **_gpu(),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    found = {
+        "gpu": properties.name,
+        "gpus": torch.cuda.device_count(),
+        "gpu_memory_gb": round(properties.total_memory / 1e9, 1),
+        "cuda": torch.version.cuda or f"HIP {torch.version.hip}",
+    }
+    if (program := shutil.which("nvidia-smi")) is not None:
+        command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        found["gpu_driver"] = asked.stdout.partition("\n")[0] or f"unknown: {asked.stderr.strip()}"
+    return found
 
 
 def _versions() -> dict[str, str]:
@@ -136,6 +169,8 @@ def _write_page() -> None:
     lines = ["# Results", "", "Made by the scripts in `benchmarks/` from the JSON files beside it; do not edit.", ""]
     for path in sorted(RESULTS.glob("*.json")):
         lines += [f"## {path.stem}", "", *_section(json.loads(path.read_text())), ""]
+    if not (RESULTS / "gpu.json").exists():
+        lines += ["## gpu", "", "Not measured yet: `python -m benchmarks.gpu` needs a machine with CUDA.", ""]
     (RESULTS / "README.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
@@ -164,8 +199,16 @@ def _section(content: dict[str, Any]) -> list[str]:
         "",
         f"`{content['command']}`, {content['date']}; {machine['cores']} cores of {machine['processor']}, "
         f"{machine['memory_gb']} GB, {machine['system']}, {machine['threads']} threads, load {machine['load_average']}"
-        " at the end; " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".",
+        f" at the end; {_gpu_line(machine)}"
+        + ", ".join(f"{package} {version}" for package, version in versions.items())
+        + ".",
     ]
+
+
+def _gpu_line(machine: dict[str, Any]) -> str:
+    if "gpu" not in machine:
+        return ""
+    return f"{machine['gpus']} x {machine['gpu']}, {machine['gpu_memory_gb']} GB, CUDA {machine['cuda']}; "
 
 
 def _number(value: float | None) -> str:

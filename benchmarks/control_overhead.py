@@ -21,12 +21,12 @@ from torch import nn
 
 from aetheria.client import connect
 from aetheria.control.weavelet import Weavelet
-from benchmarks.common import Figure, summarise
+from benchmarks.common import Figure, slower_by, summarise
 from benchmarks.control_script import METRICS, batches, by_hand, network, watched
 from benchmarks.control_stage import Stage, connected_run, cores, quantile, stage
 from benchmarks.pairs import IterableLane, alternate
 
-__all__ = ["BLOCK", "PAIRS", "PAIRS_SHORT", "WARM_UP", "measure", "slow_down"]
+__all__ = ["BLOCK", "PAIRS", "PAIRS_SHORT", "WARM_UP", "measure"]
 
 BLOCK, WARM_UP, PAIRS, PAIRS_SHORT = 200, 4, 70, 4
 CALLS, ROUNDS, ROUNDS_SHORT = 20_000, 200, 20  # of an idle `step`
@@ -46,7 +46,7 @@ def measure(short: bool) -> list[Figure]:
     sidecar, hub_cores, messages, rate = log["cores"]
     beside = f"beside it, at {rate:.0f} steps a second: sidecar {sidecar:.3f} cores, hub {hub_cores:.3f}, message "
     return [
-        *slow_down("Weavelet, 20 metrics a step", pairs, 0.5),
+        slower_by("Weavelet, 20 metrics a step", pairs, BLOCK, 0.5),
         summarise("step() with nothing to do", "µs", idle, 0.2),
         summarise("log() of 20 floats, between steps: p50", "µs", log["times"], 10.0, f"{beside}server {messages:.3f}"),
         quantile(
@@ -58,22 +58,6 @@ def measure(short: bool) -> list[Figure]:
         ),
         summarise("p99 of a step: sidecar stopped, less running", "ms", differences, note=f"p99 is {usual:.2f} ms"),
     ]
-
-
-def slow_down(name: str, taken: list[Any], target: float | None, note: str = "") -> list[Figure]:
-    """Returns how much longer a step takes than by hand.
-
-    Args:
-        name: of the contestant.
-        taken: how long each pair of blocks took: [pairs, (by hand, contestant), (wall, processor)], seconds.
-        target: in percent.
-        note: what the reader should know.
-    """
-    steps = np.array(taken) / BLOCK * 1e6
-    hand, beyond = steps[:, 0, 0], steps[:, 1, 0] - steps[:, 0, 0]
-    processor = np.median(steps[:, 1, 1] - steps[:, 0, 1])
-    said = f"by hand {np.median(hand):,.0f} µs; {np.median(beyond):+,.1f} µs, in processor time {processor:+,.1f} µs"
-    return [summarise(f"{name}: slower by", "%", 100 * beyond / np.median(hand), target, f"{said}{note}")]
 
 
 def _in_fresh_process(hub: Stage, what: str, count: int) -> Any:

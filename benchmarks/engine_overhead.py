@@ -16,6 +16,7 @@ import sys
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from benchmarks.common import Figure, parser, report, summarise
 from benchmarks.contestants import CONTESTANTS, FEATURES, by_hand, lane_of
@@ -26,16 +27,20 @@ BATCH_SIZE, BATCHES = 32, 64
 TARGET = 20.0  # microseconds a step, with logging on
 
 
-def measure(name: str, pairs: int) -> list[list[Turn]]:
-    """Returns how long each pair of blocks took, by hand and by a contestant. For a fresh process."""
-    torch.set_num_threads(1)
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """Returns what is trained on: features [32, 10] and targets [32, 1], float32."""
     generator = torch.Generator().manual_seed(0)
-    batches = [
+    return [
         (torch.randn(BATCH_SIZE, FEATURES, generator=generator), torch.randn(BATCH_SIZE, 1, generator=generator))
         for _ in range(BATCHES)
     ]
-    turns = pairs + WARM_UP + 1
-    hand, other = IterableLane(batches, BLOCK, turns), lane_of(name, batches, BLOCK, turns)
+
+
+def measure(name: str, pairs: int) -> list[list[Turn]]:
+    """Returns how long each pair of blocks took, by hand and by a contestant. For a fresh process."""
+    torch.set_num_threads(1)
+    made, turns = batches(), pairs + WARM_UP + 1
+    hand, other = IterableLane(made, BLOCK, turns), lane_of(name, made, BLOCK, turns)
     hand.start(by_hand)
     other.start(CONTESTANTS[name])
     return [list(pair) for pair in alternate(hand, other, pairs, WARM_UP)]

@@ -40,9 +40,13 @@ class Lane:
         batches: what is trained on, over and over.
         block: batches in a turn.
         turns: how many turns it will get; then the data end.
+        drain: is called at the end of a turn, before the clock stops: waits for what a device still has to do.
     """
 
-    def __init__(self, batches: Sequence[Any], block: int, turns: int) -> None:
+    def __init__(
+        self, batches: Sequence[Any], block: int, turns: int, drain: Callable[[], object] = lambda: None
+    ) -> None:
+        self._drain = drain
         self._batches = batches
         self._block = block
         self._turns = turns
@@ -101,6 +105,7 @@ class Lane:
 
     def _pass_the_gate(self) -> None:
         """Called by the data between two blocks."""
+        self._drain()
         now = Turn(perf_counter(), thread_time())
         since = self._opened or now
         self._running.clear()
@@ -129,7 +134,9 @@ class SequenceLane(Lane, Sequence[Any]):
         return self._batches[number % len(self._batches)]
 
 
-def alternate(first: Lane, second: Lane, pairs: int, warm_up: int) -> list[tuple[Turn, Turn]]:
+def alternate(
+    first: Lane, second: Lane, pairs: int, warm_up: int, ready: Callable[[], object] = lambda: None
+) -> list[tuple[Turn, Turn]]:
     """Gives two contestants, already started, turns; returns how long each pair of blocks took.
 
     They begin alternately (ABBA), so that a machine that grows slower or faster favours neither.
@@ -139,16 +146,16 @@ def alternate(first: Lane, second: Lane, pairs: int, warm_up: int) -> list[tuple
         second: the other's.
         pairs: turns that count.
         warm_up: turns before them.
+        ready: is called before each turn: waits for what the turn before has left to a device, or to other processes.
     """
     taken = []
     for number in range(warm_up + pairs):
-        if number % 2 == 0:
-            one = first.turn()
-            other = second.turn()
-        else:
-            other = second.turn()
-            one = first.turn()
-        taken.append((one, other))
+        lanes = (first, second) if number % 2 == 0 else (second, first)
+        turns = {}
+        for lane in lanes:
+            ready()
+            turns[lane] = lane.turn()
+        taken.append((turns[first], turns[second]))
     first.finish()
     second.finish()
     return taken[warm_up:]

@@ -2,7 +2,7 @@
 
 A model of 100 million parameters is trained with AdamW: its state, weights and two moments, is 1.2 GB. Every few steps
 a snapshot is asked for, and the wait is all the time that the loop spends in taking it. In the same run the same
-tensors are copied once within memory: into new memory (`clone`), which is what the first snapshot must do, and into
+tensors are copied once into host memory: into new memory, which is what the first snapshot must do, and into
 memory that is there already, as the later ones do. The next snapshot is asked for when the last one is durable.
 
 Then the steps: those taken while a snapshot is being written, against those while none is. Most sensitive to a writing
@@ -18,13 +18,14 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aetheria import AetherModel, Callback, Orchestrator, TrainingConfig
 from aetheria.config import SnapshotsConfig
-from benchmarks.common import parser, report, summarise
+from benchmarks.common import Figure, parser, report, summarise
 from benchmarks.contestants import FEATURES, network
 
 WIDTH, LAYERS, LAYERS_SHORT = 2048, 24, 1
@@ -54,8 +55,9 @@ class Probe(Callback):
 
     critical = True
 
-    def __init__(self, snapshots: int, samples: Samples) -> None:
+    def __init__(self, snapshots: int, samples: Samples, device: str = "cpu") -> None:
         self.samples = samples
+        self.device = device
         self.snapshots = snapshots
         self.taken = 0
         self.idle_steps = 0
@@ -71,6 +73,7 @@ class Probe(Callback):
 
     def on_batch_end(self, batch_idx: int, metrics: dict[str, Tensor]) -> None:
         """Measures the step, and some tiny ones; asks for a snapshot when it has been quiet long enough."""
+        self.wait()
         if batch_idx:  # the first one also makes the optimiser's state
             self.samples[f"step {self._now}"].append(perf_counter() - self.last)
         self._train_tiny()
@@ -99,6 +102,11 @@ class Probe(Callback):
         if self.taken == self.snapshots:
             self.context.request_stop("measured")
 
+    def wait(self) -> None:
+        """Waits until the device has done what it was given: what it still owes to the steps is not the snapshot's."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
     def _train_tiny(self) -> None:
         for _ in range(TINY_STEPS):
             begun = perf_counter()
@@ -113,13 +121,16 @@ class Probe(Callback):
             for parameter in self.context.model.parameters()
             for tensor in (parameter, *self.context.optimizer.state[parameter].values())
         ]
+        self.wait()
         begun = perf_counter()
-        cloned = [tensor.clone() for tensor in state]
+        copied = [tensor.to("cpu", copy=True) for tensor in state]
         self.samples["one copy into new memory"].append(perf_counter() - begun)
-        self.copy = self.copy or cloned
+        if not self.copy:
+            self.copy = [tensor.pin_memory() for tensor in copied] if self.device == "cuda" else copied
         begun = perf_counter()
         for kept, tensor in zip(self.copy, state, strict=True):
-            kept.copy_(tensor)
+            kept.copy_(tensor, non_blocking=True)
+        self.wait()
         self.samples["one copy into memory that is there"].append(perf_counter() - begun)
 
 
@@ -128,19 +139,20 @@ class Measured(Orchestrator):
 
     probe: Probe
 
-    def _save(self, reason: str) -> None:
+    def _save(self, *arguments: Any, **named: Any) -> None:
+        self.probe.wait()
         begun = perf_counter()
-        super()._save(reason)
+        super()._save(*arguments, **named)
         self.probe.took_snapshot(perf_counter() - begun)
 
 
-def train(layers: int, folder: str, samples: Samples) -> None:
+def train(layers: int, folder: str, samples: Samples, device: str = "cpu") -> None:
     """Trains until enough snapshots have been taken."""
-    probe = Probe(SNAPSHOTS, samples)
+    probe = Probe(SNAPSHOTS, samples, device)
     config = TrainingConfig(
         max_steps=10_000,
         runs_dir=Path(folder),
-        accelerator="cpu",
+        accelerator=device,
         snapshots=SnapshotsConfig(every_epochs=None, every_seconds=None),
     )
     run = Measured(Large(layers), [torch.ones(1, WIDTH)] * 10_000, config, callbacks=[probe])
@@ -148,28 +160,43 @@ def train(layers: int, folder: str, samples: Samples) -> None:
     run.run()
 
 
-def main() -> None:
-    """Trains, measures and writes the table."""
-    options = parser(__doc__)
-    options.add_argument("--folder", help="where the snapshots go; the folder for temporary files by default")
-    chosen = options.parse_args()
-    layers, rounds = (LAYERS_SHORT, 1) if chosen.short else (LAYERS, ROUNDS)
-    samples: Samples = defaultdict(list)
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
-            train(layers, folder, samples)
+def size(short: bool) -> tuple[int, int]:
+    """Returns how many layers the model has, and how often it is trained."""
+    return (LAYERS_SHORT, 1) if short else (LAYERS, ROUNDS)
+
+
+def parameters(layers: int) -> int:
+    """Returns the number of parameters of so many layers."""
+    return layers * (WIDTH + 1) * WIDTH
+
+
+def figures_of(samples: Samples, prefix: str = "") -> list[Figure]:
+    """Returns the lines of the table. What may be waited for is what a copy into new memory takes."""
     copy = statistics.median(samples["one copy into new memory"])
     figures = []
     for name in sorted(samples):
         values = [1e3 * value for value in samples[name]]
         target = 1e3 * copy if name.startswith("wait") else None
-        figures.append(summarise(name, "ms", values, target, f"longest {max(values):,.1f} ms"))
+        figures.append(summarise(f"{prefix}{name}", "ms", values, target, f"longest {max(values):,.1f} ms"))
+    return figures
+
+
+def main() -> None:
+    """Trains, measures and writes the table."""
+    options = parser(__doc__)
+    options.add_argument("--folder", help="where the snapshots go; the folder for temporary files by default")
+    chosen = options.parse_args()
+    layers, rounds = size(chosen.short)
+    samples: Samples = defaultdict(list)
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
+            train(layers, folder, samples)
     report(
         "snapshot_stall",
         "How long a snapshot keeps the loop, and slows the steps, in milliseconds.",
-        figures,
+        figures_of(samples),
         save=not chosen.no_save,
-        settings={"parameters": layers * (WIDTH + 1) * WIDTH, "rounds": rounds, "snapshots_in_a_round": SNAPSHOTS},
+        settings={"parameters": parameters(layers), "rounds": rounds, "snapshots_in_a_round": SNAPSHOTS},
     )
 
 

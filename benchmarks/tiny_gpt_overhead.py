@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -22,7 +23,7 @@ from aetheria.plugins.data.text import TextData
 from aetheria.plugins.models.tiny_gpt import TinyGPT
 from benchmarks.common import parser, report, summarise
 from benchmarks.contestants import train_with_aetheria
-from benchmarks.pairs import IterableLane, Lane, SequenceLane, alternate
+from benchmarks.pairs import IterableLane, SequenceLane, alternate
 
 BATCHES, BATCH_SIZE, WARM_UP = 64, 4, 6
 ROUNDS, PAIRS, PAIRS_SHORT = 10, 120, 8
@@ -35,9 +36,9 @@ def model() -> TinyGPT:
     return TinyGPT()
 
 
-def by_hand(batches: Lane) -> None:
+def by_hand(batches: Iterable[Any], build: Callable[[], TinyGPT] = model) -> None:
     """The same training, written down."""
-    gpt = model()
+    gpt = build()
     optimizer = gpt.configure_optimizers().optimizer
     for batch in batches:
         optimizer.zero_grad()
@@ -46,12 +47,13 @@ def by_hand(batches: Lane) -> None:
         optimizer.step()
 
 
-def text() -> list[Any]:
-    """Returns the first batches of the text, made beforehand."""
-    data = TextData(batch_size=BATCH_SIZE)
+def text(batch_size: int = BATCH_SIZE) -> list[Any]:
+    """Returns the first whole batches of the text, made beforehand."""
+    data = TextData(batch_size=batch_size)
     data.setup()
     torch.manual_seed(0)
-    return list(itertools.islice(data.train_dataloader(), BATCHES))
+    batches = itertools.islice(data.train_dataloader(), BATCHES)
+    return [batch for batch in batches if len(batch[0]) == batch_size]
 
 
 def one_round(pairs: int) -> list[list[tuple[float, float]]]:
