@@ -93,6 +93,8 @@ class SnapshotsConfig(_Section):
     """How many of the newest are kept; two at least, so that one is left when one is damaged."""
     keep_best: KeepBestConfig | None = None
     """Which are kept for their metric."""
+    consolidate: Literal["end", "always", "never"] = "end"
+    """Whether sharded weights (accelerator fsdp) are written in one piece, too: in the last snapshot, each, or none."""
 
 
 class CompileConfig(_Section):

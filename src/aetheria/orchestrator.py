@@ -148,6 +148,7 @@ class Orchestrator(EndingRun):
                 self._notify,
                 writes=main,
                 alone=self._alone,
+                team=self.accelerator.team,
             )
             self._stack.callback(self._keeper.close)
             self._stack.callback(self.accelerator.cleanup)
@@ -214,7 +215,10 @@ class Orchestrator(EndingRun):
             self._compiled(name) for name in ("training_step", "validation_step")
         )
         self._runner = self._new_runner()
-        self._dropped = DroppedWindows(config.nonfinite, config.max_skipped_in_a_row, self.record, self.request_stop)
+        apart = self.accelerator.sync_every is not None
+        self._dropped = DroppedWindows(
+            config.nonfinite, config.max_skipped_in_a_row, self.record, self.request_stop, own=apart
+        )
         self._on_batch_end = self._hooks.wanted("on_batch_end")
         self._steering.say("running")
         if restored is not None:
@@ -308,17 +312,20 @@ class Orchestrator(EndingRun):
         window, self._unsettled = self._unsettled, None
         if window is None:
             return
-        if not window.taken:
+        if window.taken:
+            self.state.dropped_in_a_row = 0
+            for values, weight in window.metrics:
+                self._means.add(values, weight)
+            if window.norm is not None:
+                self._means.add({"grad_norm": window.norm}, 1.0)
+        else:
             self._dropped.note(window, self.state, self.accelerator.overflow_expected())
-            return
+            if self.accelerator.sync_every is None:
+                return
+            # Ranks that train apart count it all the same: the others have taken their step.
         self.state.global_step += 1
-        self.state.dropped_in_a_row = 0
         if self.state.fresh:
             self.state.fresh = {}
-        for values, weight in window.metrics:
-            self._means.add(values, weight)
-        if window.norm is not None:
-            self._means.add({"grad_norm": window.norm}, 1.0)
         if self._schedules.per_step:
             self._schedules.step()
         if self._on_batch_end:
@@ -331,6 +338,8 @@ class Orchestrator(EndingRun):
                 f"epoch {self.epoch} is empty: train_dataloader gave no batch. An iterable must give its batches anew "
                 "each time it is iterated; a generator cannot."
             )
+        if (self._done() or self.epoch + 1 == self.config.epochs) and self._signal is None:
+            self.accelerator.come_together()  # before the last validation: this is what it ends with
         every = self.config.val_interval
         if every is not None and (self.epoch + 1) % every == 0 and not self._validate():
             return  # interrupted: the epoch is ended by whoever continues the run
@@ -375,6 +384,7 @@ class Orchestrator(EndingRun):
             self._line.beat(step)
             self._line.tend()
             self._steering.refresh()
+            self._note_remarks()
         if config.val_every_steps is not None and step % config.val_every_steps == 0:
             together = together or self.state.validated_at != step
             self._validate()
@@ -421,21 +431,22 @@ class Orchestrator(EndingRun):
             return True
         self._reporter.deliver(wait=True)
         self.accelerator.share_buffers(self.model)
-        self._hooks.call("on_validation_start")
         metrics: dict[str, float] = {}
-        try:
-            found = evaluate(
-                self.model,
-                self._val,
-                self.accelerator,
-                self._validation_step,
-                seed=self.config.seed,
-                interrupted=lambda: self._signal is not None,
-            )
-            if found is not None:
-                metrics = {f"val_{name}": value for name, value in found.items()}
-        finally:
-            self._hooks.call("on_validation_end", metrics)
+        with self.accelerator.shared_weights(self.model):
+            self._hooks.call("on_validation_start")
+            try:
+                found = evaluate(
+                    self.model,
+                    self._val,
+                    self.accelerator,
+                    self._validation_step,
+                    seed=self.config.seed,
+                    interrupted=lambda: self._signal is not None,
+                )
+                if found is not None:
+                    metrics = {f"val_{name}": value for name, value in found.items()}
+            finally:
+                self._hooks.call("on_validation_end", metrics)
         if not metrics:
             return False
         self.state.validated_at = self.global_step
@@ -445,8 +456,8 @@ class Orchestrator(EndingRun):
         self._reporter.publish(metrics, self.global_step)
         return True
 
-    def _save(self, reason: str, pinned: bool = False) -> None:
-        self._keeper.save(self._captured(reason, pinned))
+    def _save(self, reason: str, pinned: bool = False, ending: bool = False) -> None:
+        self._keeper.save(self._captured(reason, pinned), ending)
 
     def _captured(self, reason: str = "", pinned: bool = False, exchange: bool = True) -> SnapshotContent:
         return self._parts.capture(

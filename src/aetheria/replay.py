@@ -162,4 +162,6 @@ class _Probe(Callback):
         """Looks, where there is something to compare with."""
         digest = self.expected.get(self.context.global_step)
         if digest is not None:
-            self.found[self.context.global_step] = weights_digest(model_tensors(self.context.model)[0]) == digest
+            with self.context.accelerator.shared_weights(self.context.model):
+                found = weights_digest(model_tensors(self.context.model)[0])
+            self.found[self.context.global_step] = found == digest

@@ -21,7 +21,7 @@ from aetheria.core import Accelerator, AetherModel, LateAnswer, MicroBatch, Read
 from aetheria.errors import ConfigError
 from aetheria.registry import Registry
 
-__all__ = ["DDPAccelerator", "RankedAccelerator"]
+__all__ = ["DDPAccelerator", "RankedAccelerator", "Steps", "own_accelerator"]
 
 
 class RankedAccelerator(Accelerator):
@@ -141,7 +141,7 @@ class RankedAccelerator(Accelerator):
 _TOUCH = ""  # in place of a method's name: a loss of zero that every parameter is part of
 
 
-class _Steps(nn.Module):
+class Steps(nn.Module):
     """Makes a forward pass of whatever method of the model is called: only a forward pass exchanges gradients."""
 
     def __init__(self, model: AetherModel) -> None:
@@ -150,13 +150,25 @@ class _Steps(nn.Module):
 
     def forward(self, name: str, batch: Any) -> dict[str, Tensor]:
         if name == _TOUCH:
-            touched = [parameter.mul(0).sum() for parameter in self.model.parameters() if parameter.requires_grad]
+            sparse = {id(module.weight) for module in self.model.modules() if getattr(module, "sparse", False)}
+            touched = [
+                _row_of(parameter).mul(0).sum() if id(parameter) in sparse else parameter.mul(0).sum()
+                for parameter in self.model.parameters()
+                if parameter.requires_grad
+            ]
             return {"loss": torch.stack([part.float() for part in touched]).sum()}
         outputs: dict[str, Tensor] = getattr(self.model, name)(batch)
         return outputs
 
 
-def own_accelerator(precision: Precision | Literal["mixed"], device: Literal["auto", "cpu", "cuda"]) -> Any:
+def _row_of(table: Tensor) -> Tensor:
+    """Returns a row whose gradient is sparse, as an embedding's that was made to have sparse ones."""
+    return nn.functional.embedding(torch.zeros(1, dtype=torch.long, device=table.device), table, sparse=True)
+
+
+def own_accelerator(
+    precision: Precision | Literal["mixed"], device: Literal["auto", "cpu", "cuda"]
+) -> DeviceAccelerator:
     """Returns the accelerator of this rank's own device.
 
     Raises:
@@ -198,11 +210,14 @@ class DDPAccelerator(RankedAccelerator):
         timeout: float | None = None,
     ) -> None:
         super().__init__(own_accelerator(precision, device), timeout)
+        if compress == "bf16" and self.device.type == "cpu":
+            raise ConfigError("compress: bf16 is not among what gloo adds up on a CPU. Write compress: fp16, or none.")
         self._compress = compress
         self._options: dict[str, Any] = {
             "find_unused_parameters": find_unused_parameters,
             "static_graph": static_graph,
             "bucket_cap_mb": bucket_megabytes,
+            "gradient_as_bucket_view": True,  # else every gradient is copied, and held twice
         }
 
     def setup(self, model: AetherModel) -> None:
@@ -212,7 +227,7 @@ class DDPAccelerator(RankedAccelerator):
     def follow(self, model: AetherModel) -> None:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError("no parameter of the model requires a gradient: there is nothing that ranks could share.")
-        self._wrapper = DistributedDataParallel(_Steps(model), **self._options)
+        self._wrapper = DistributedDataParallel(Steps(model), **self._options)
         if self._compress == "powersgd":
             state = powerSGD_hook.PowerSGDState(None)
             self._wrapper.register_comm_hook(state, powerSGD_hook.powerSGD_hook)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from aetheria.errors import ConfigError, RankError
 
-__all__ = ["Placement", "Ranks", "launched_ranks"]
+__all__ = ["Placement", "Ranks", "Team", "launched_ranks"]
 
 _FAILURE, _HEARD = "failure", "heard"  # under these names the first rank that fails says so, and the others answer
 _MOMENT = 1.0  # seconds that they have for it
@@ -74,6 +75,24 @@ class Placement:
         if found["RANK"] >= found["WORLD_SIZE"]:
             raise ConfigError(f"RANK is {found['RANK']}, but there are only {found['WORLD_SIZE']} (WORLD_SIZE).")
         return cls(found["RANK"], found["LOCAL_RANK"], found["GROUP_RANK"], found["WORLD_SIZE"])
+
+
+class Team:
+    """The same ranks over a process group of their own, for a thread beside the training's.
+
+    Attributes:
+        rank: of this one.
+        group: the process group.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.rank = ranks.where.rank
+        self.group = ranks.new_group()
+        self._ranks = ranks
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Returns what every rank gives, by rank."""
+        return self._ranks.gather(data, self.group)
 
 
 class Ranks:
@@ -140,8 +159,8 @@ class Ranks:
             ) from error
         self._whole_store = PrefixStore("aetheria", store)
         self.store: Store = self._whole_store
-        self.group = dist.new_group(backend="gloo", timeout=self._timeout)
-        self.agreement = dist.new_group(backend="gloo", timeout=self._timeout)
+        self.group = self.new_group()
+        self.agreement = self.new_group()
         self._runs = self._calls = 0
         atexit.register(_end_process_group)
         self._broken = self._failed = self._store_is_gone = False
@@ -156,17 +175,26 @@ class Ranks:
                 raise ValueError(f"rank {named} of {size} is missing.")
             time.sleep(_LOOK)
 
+    def new_group(self) -> Any:
+        """Makes one more group of all ranks on their processors: for what goes on beside the others' collectives."""
+        return dist.new_group(backend="gloo", timeout=self._timeout)
+
+    @cached_property
+    def team(self) -> Team:
+        """Them again, for what is written beside the training. Every rank asks for it at the same time."""
+        return Team(self)
+
     # --- what is said ----------------------------------------------------------------------------------------------
-    def gather(self, data: bytes) -> list[bytes]:
-        """Returns what every rank gives, by rank."""
-        size = self.where.world_size
+    def gather(self, data: bytes, group: Any = None) -> list[bytes]:
+        """Returns what every rank gives, by rank; through a group of their own, where somebody else may be talking."""
+        size, group = self.where.world_size, group or self.group
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
-        dist.all_gather(lengths, torch.tensor([len(data)]), group=self.group)
+        dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
         longest = max(int(length) for length in lengths)
         if not longest:
             return [b""] * size
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(size)]
-        dist.all_gather(parts, _as_tensor(data, longest), group=self.group)
+        dist.all_gather(parts, _as_tensor(data, longest), group=group)
         return [bytes(part[: int(length)].numpy()) for part, length in zip(parts, lengths, strict=True)]
 
     def broadcast(self, data: bytes = b"", source: int = 0) -> bytes:
@@ -267,6 +295,7 @@ class Ranks:
         if not self._broken:
             return
         self._joined.clear()
+        self.__dict__.pop("team", None)
         self.group = self.agreement = None  # connections end when nobody has them any more
         _end_process_group()
         has_store = self.where.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

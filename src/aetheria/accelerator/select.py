@@ -17,7 +17,7 @@ from aetheria.registry import Registry
 
 __all__ = ["best_device", "create_accelerator", "deterministic"]
 
-_OF_RANKS = ("ddp",)
+_OF_RANKS = ("ddp", "fsdp", "local_sgd")
 
 
 def best_device() -> str:

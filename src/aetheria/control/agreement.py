@@ -4,7 +4,7 @@ At some step every rank puts what it wishes into a vector, and an exchange (the 
 steps later, at the same step everywhere, it has long arrived, and all ranks find the same in it. Nobody waits, and the
 steps between cost one comparison of numbers.
 
-Only this file of the room knows torch; it is imported where there is more than one rank.
+Of this room only this file and `joined_ranks.py` know torch; they are imported where there is more than one rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from aetheria.errors import RankError
 __all__ = ["Agreement"]
 
 _INTERVAL = 0.5  # seconds between two exchanges: so long a command may wait, twice
-_FIRST, _MOST = 4, 100_000  # steps between two
+_MOST = 100_000  # steps between two, at most
 _SIGNAL, _STOP, _SAVE, _LENGTH, _STEPS, _SUM, _MINUS_SUM = range(7)
 _HEAD = 8
 _PAYLOAD = 448  # bytes that fit into the vector; what is longer is sent once it has been announced
@@ -52,13 +52,15 @@ class Agreement:
         group: of all ranks.
     """
 
+    first_interval = 4  # steps between the first two exchanges
+
     def __init__(self, group: Group) -> None:
         self._group = group
         self._rank = group.where.rank
         self._work: Any = None
         self._vector: Tensor = torch.empty(0)
         self._wishes = Wishes()
-        self._steps = _FIRST
+        self._steps = self._steps_agreed = self.first_interval
         self._launched = (0.0, 0)  # when, and at which step
         self._parked = 0
         self.due_at = 0
@@ -90,7 +92,13 @@ class Agreement:
             vector[_HEAD:] = torch.frombuffer(bytearray(payload.ljust(_PAYLOAD, b"\0")), dtype=torch.int64)
         self._payload = payload
         self._vector = vector
-        self._work = dist.all_reduce(vector, dist.ReduceOp.MAX, group=self._group.agreement, async_op=True)
+        self._work = self._all_reduce(vector)
+
+    def _all_reduce(self, vector: Tensor) -> Any:
+        return dist.all_reduce(vector, dist.ReduceOp.MAX, group=self._group.agreement, async_op=True)
+
+    def _finish(self, work: Any) -> None:
+        work.wait()
 
     @property
     def under_way(self) -> bool:
@@ -121,7 +129,7 @@ class Agreement:
         if self._work is None:
             return Decision()
         work, self._work = self._work, None
-        work.wait()
+        self._finish(work)
         head = self._vector[:_HEAD].tolist()
         if head[_SUM] != -head[_MINUS_SUM]:
             raise RankError(self._who_differs())
@@ -141,8 +149,6 @@ class Agreement:
         self._begin(wishes)
         self._wishes = wishes
         return self.read()
-
-    _steps_agreed = _FIRST
 
     @property
     def _due_in(self) -> int:

@@ -98,6 +98,28 @@ class Desk:
         """From here on no other rank is asked: nothing takes effect any more."""
         self._vote = lambda problem: problem
 
+    def answer_together(self, vote: Callable[[str], str]) -> None:
+        """From here on there are other ranks; see `vote`."""
+        self._alone, self._vote = False, vote
+
+    def on_every_rank(self, function: Callable[[], Any]) -> Any:
+        """Returns what a function does here, if it does it on every rank.
+
+        Raises:
+            Exception: whatever it has raised here.
+            CommandError: it has raised something on another rank.
+        """
+        try:
+            done = function()
+        except Exception as error:
+            own = f"{error}" if isinstance(error, CommandError) else f"{type(error).__name__}: {error}"
+            if (problem := self._vote(own)) != own:
+                raise CommandError(problem) from error
+            raise
+        if problem := self._vote(""):
+            raise CommandError(problem)
+        return done
+
     # --- an earlier life -------------------------------------------------------------------------------------------
     def continue_from(self, position: int) -> None:
         """Plans what lies behind the snapshot from which this life begins.
@@ -196,7 +218,10 @@ class Desk:
         except OSError as error:
             problem = f"the journal cannot be written: {error}. Nothing was changed."
         if problem := self._vote(problem):
-            return self._answer(self._outcome(command, "rejected", boundary, message=problem))
+            outcome = self._outcome(command, "rejected", boundary, message=problem)
+            if self.journal.outcome(command.id) is not None:  # it is in this journal, but another rank has refused
+                self._write_down(outcome)
+            return self._answer(outcome)
         self._answer(accepted)
         return self._perform(command, boundary)
 

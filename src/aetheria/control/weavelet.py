@@ -6,29 +6,28 @@ import atexit
 import importlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from loguru import logger
 
-from aetheria.control.desk import Action, Boundary, Desk, Done
+from aetheria.control.desk import Action, Boundary, Desk
 from aetheria.control.journal import Journal
-from aetheria.control.knobs import Knob, Knobs, declared, knob_of
-from aetheria.control.log_buffer import MOST, LogBuffer
-from aetheria.control.optimizer_knobs import optimizer_knobs
+from aetheria.control.line import NoLine
+from aetheria.control.log_buffer import LogBuffer
+from aetheria.control.meeting import Card, Place, launched_place, place_in_group
 from aetheria.control.pausing import Pausing
-from aetheria.control.telling import Telling
-from aetheria.errors import AetheriaError, ConfigError
+from aetheria.control.reporting import Reporting
+from aetheria.control.together import Others, Together
+from aetheria.errors import AetheriaError
 from aetheria.loom.link import Link
 from aetheria.protocol import Note, Outcome, Set, Stop, encode
 from aetheria.runs import RunFolder
 
 __all__ = ["TrainingStopped", "Weavelet"]
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-_PAUSED_LOOK = 0.005  # seconds between two looks while paused
 _TEND_INTERVAL = 1.0  # seconds between two looks after the sidecar
 _NEVER = sys.maxsize
 
@@ -37,7 +36,7 @@ class TrainingStopped(AetheriaError):  # noqa: N818 - not an error: what was ask
     """Somebody has stopped the run, and its loop has never asked `weavelet.should_stop`."""
 
 
-class Weavelet:
+class Weavelet(Reporting):
     """Watches and steers a training loop that is not Aetheria's.
 
         weavelet = Weavelet(optimizer=optimizer).start()
@@ -48,6 +47,10 @@ class Weavelet:
     Everything that is sent or written is sent and written by a process of its own. With no command given, training is
     bit for bit what it would be without; if that process or the hub dies, training goes on.
 
+    Where several ranks train (torch's process group, or torchrun's environment, says so), each of them has a Weavelet,
+    started at the same place. The first one has the run folder and that process; a command takes effect at the same
+    step on all of them, or on none.
+
     Args:
         replica_id: which replica this is, where several train one model.
         run: the beginning of the run folder's name; the script's name by default.
@@ -55,6 +58,7 @@ class Weavelet:
         optimizer: whose steps are counted, and whose learning rate can be set; see `watch`.
         scheduler: what moves that learning rate, one or several: a value that is set rescales it.
         runs_dir: where the run folder is made.
+        ranks: "auto", or "alone" for a process that is to be steered by itself, whatever others there are.
         line: what takes the place of a `aetheria.loom.link.Link`, and of the process behind it.
 
     Attributes:
@@ -70,23 +74,21 @@ class Weavelet:
         optimizer: Any = None,
         scheduler: Any = None,
         runs_dir: Path | str = "runs",
+        ranks: Literal["auto", "alone"] = "auto",
         line: Any = None,
     ) -> None:
+        super().__init__()
         self.replica_id = replica_id
-        self.global_step = 0
-        self.knobs = Knobs()
         self._name = run or Path(sys.argv[0]).stem or "run"
         self._hub = hub
         self._runs_dir = Path(runs_dir)
         self._line = line
-        self._devices: list[str] = []
-        self._telling = Telling(self.knobs)
+        self._link = line or NoLine()
         self._pausing = Pausing(lambda: self.global_step)
         self._stop_reason = ""
         self._asked_to_stop = False  # whether the loop has ever looked
         self._changes: dict[str, Any] = {}
-        self._buffer: LogBuffer | None = None  # while it is started
-        self._actions = {
+        self._actions |= {
             **self._pausing.actions(),
             "stop": Action(self._stop),
             "note": Action(self._note),
@@ -95,141 +97,47 @@ class Weavelet:
         self._looked = (0.0, 0)  # when, and at which step
         self._seen = 0
         self._word = memoryview(bytes(8)).cast("Q")
-        self._hook: Any = None
         self._started = False
+        # One object, not six attributes: with more than thirty of them Python finds each more slowly, in every step.
+        self._others = Others(alone=ranks == "alone")
         if optimizer is not None:
             self.watch(optimizer, scheduler)
 
-    # --- what can be steered ---------------------------------------------------------------------------------------
-    def watch(self, optimizer: Any, scheduler: Any = None) -> Weavelet:
-        """Counts an optimiser's steps, and makes its learning rate, weight decay, momentum and betas knobs.
-
-        After this `step` need not be called: each `optimizer.step()` is a step.
-
-        Args:
-            optimizer: a `torch.optim.Optimizer`.
-            scheduler: what moves its learning rate: one scheduler or several.
-        """
-        schedulers: Sequence[Any] = (
-            [] if scheduler is None else list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler]
-        )
-        self._add(*optimizer_knobs(lambda: optimizer, lambda: schedulers))
-        self._hook = optimizer.register_step_post_hook(lambda *_: self.step())
-        return self
-
-    def control(self, owner: Any, attribute: str, key: str = "", *, type: Any = None, **options: Any) -> Weavelet:  # noqa: A002
-        """Makes a plain attribute a knob.
-
-        Args:
-            owner: the object that has it.
-            attribute: its name.
-            key: the knob's name; the attribute's by default.
-            type: of its value; that of the value it has, by default.
-            **options: bounds, unit and help, as for `controllable`.
-        """
-        if not hasattr(owner, attribute):
-            raise ConfigError(f"a {owner.__class__.__name__} has no attribute '{attribute}' that could be a knob.")
-        kind = getattr(owner, attribute).__class__ if type is None else type
-        self._add(
-            Knob(
-                key or attribute,
-                kind,
-                lambda value: setattr(owner, attribute, value),
-                lambda: getattr(owner, attribute),
-                **{"scope": owner.__class__.__name__, **options},
-            )
-        )
-        return self
-
-    def handler(self, key: str, **options: Any) -> Callable[[Function], Function]:
-        """Makes a function the setter of a knob; the annotation of its one parameter is the knob's type.
-
-            @weavelet.handler("optimizer_type")
-            def swap(kind: Literal["sgd", "adamw"]): ...
-
-        Args:
-            key: the knob's name.
-            **options: `get` (a function that returns the value), bounds, unit and help, as for `controllable`.
-        """
-
-        def declare(function: Function) -> Function:
-            self._add(knob_of(function, key=key, **{"scope": "script", **options}))
-            return function
-
-        return declare
-
-    def register(self, owner: Any) -> Weavelet:
-        """Adds the knobs that an object's class declares with `controllable`."""
-        self._add(*declared(owner, owner.__class__.__name__))
-        return self
-
-    def _add(self, *knobs: Knob) -> None:
-        for knob in knobs:
-            self.knobs.add(knob)
-        if self._started and knobs:
-            self.say_knobs()  # the hub has been told of those that there were
-
-    def prepare(self, accelerator: Any, *objects: Any) -> Any:
-        """Lets an `accelerate.Accelerator` prepare objects, and watches what comes out; starts, if that is still to do.
-
-            model, optimizer, loader, scheduler = Weavelet().prepare(accelerator, model, optimizer, loader, scheduler)
-
-        Returns:
-            What `accelerator.prepare` returns.
-        """
-        # By its name: this room is below that one, and what steers a run does not need to know who is steered.
-        integration = importlib.import_module("aetheria.integrations.accelerate")
-        return integration.prepare(self, accelerator, *objects)
-
-    def action(
-        self,
-        operation: Literal["snapshot", "validate", "test", "health"],
-        check: Callable[[], object] = lambda: None,
-    ) -> Callable[[Function], Function]:
-        """Makes a function what a command does; it is called without arguments.
-
-        The function may return a sentence for people, or a dictionary for programs, or both as a `Done`.
-
-        Args:
-            operation: the command.
-            check: raises `CommandError` where it cannot be done now; changes nothing.
-        """
-
-        def declare(function: Function) -> Function:
-            def perform(_command: Any) -> Done:
-                said = function()
-                if isinstance(said, Done):
-                    return said
-                return Done(said if isinstance(said, str) else "", said if isinstance(said, Mapping) else {})
-
-            self._actions[operation] = Action(perform, lambda _command: check())
-            if self._started:
-                self._desk.actions[operation] = self._actions[operation]
-            return function
-
-        return declare
-
-    def register_device(self, *devices: str) -> Weavelet:
-        """Says which devices this replica trains on, for instance "cuda:0"; before `start`."""
-        self._devices += devices
-        return self
-
-    def describe(self) -> str:
-        """Returns a Markdown table of all knobs."""
-        return self.knobs.describe()
-
     # --- from start to stop ----------------------------------------------------------------------------------------
     def start(self) -> Weavelet:
-        """Makes the run folder and starts the process that sends and writes.
+        """Makes the run folder and starts the process that sends and writes; finds the other ranks, if there are any.
+
+        Where the environment says that there will be several ranks, and there is no process group yet, they find one
+        another at the end of the first step at which there is. Commands that have come until then wait for it.
 
         Raises:
             RunFolderError: the folder cannot be made.
+            RankError: another rank has not started its Weavelet, or has failed.
         """
         if self._started:
             raise AetheriaError("this Weavelet has been started already.")
+        here = None if self._others.alone else place_in_group()
+        self._others.place = here if here is not None or self._others.alone else launched_place()
+        self._others.awaited = self._others.place is not None
+        if self._others.is_first:
+            try:
+                self._open()
+            except BaseException as error:
+                if here is not None:
+                    _joined_ranks().Meeting(here).announce(Card(problem=f"{type(error).__name__}: {error}"))
+                raise
+        self._look_at = self.global_step + 1
+        self._started = True
+        atexit.register(self._at_exit)
+        self.join_ranks()
+        self.say("running")
+        return self
+
+    def _open(self) -> None:
         self._folder = RunFolder.create(self._runs_dir, self._name, seed=None, config={})
         self._folder.acquire()
         self._folder.update(status="running")
+        self._identity = self._folder.run_id, self._folder.path
         self._journal = Journal(self._folder.path / "journal.jsonl")
         self._link = self._line or Link(
             self._folder.path,
@@ -242,12 +150,8 @@ class Weavelet:
         )
         self._buffer = LogBuffer(self._link)
         self._desk = Desk(self.run_id, self._journal, self.knobs, self._actions, self._tell)
-        self._word, self._seen = self._link.word, 0
-        self._look_at = self.global_step + 1
-        self._started = True
-        atexit.register(self._at_exit)
-        self._say("running")
-        return self
+        if not self._others.awaited:
+            self._word, self._seen = self._link.word, 0
 
     def _at_exit(self) -> None:
         """Delivers what a script that never called `stop` has left."""
@@ -260,24 +164,81 @@ class Weavelet:
             return
         self._started = False
         atexit.unregister(self._at_exit)
-        if self._hook is not None:
-            self._hook.remove()
-        self._desk.closed = "the run has ended"
-        self._take()
+        for hook in self._hooks:
+            hook.remove()
+        if self._others.together is not None:
+            self._others.together.end()
+        if status == "completed" and self._stop_reason:
+            status = "stopped"
+        if self._others.is_first:
+            self._close(status, self._stop_reason)
+        self._word = memoryview(bytes(8)).cast("Q")
+        self._seen, self._look_at = 0, _NEVER
+
+    def _close(self, status: str, detail: str) -> None:
+        self._desk.closed = self._desk.closed or "the run has ended"
+        if self._others.together is None:
+            self._take()
         self._buffer, buffer = None, self._buffer
         if buffer is not None:
             buffer.flush()
-        if status == "completed" and self._stop_reason:
-            status = "stopped"
-        self._say("ended")
-        self._folder.update(status=status, status_detail=self._stop_reason, global_step=self.global_step)
+        self.say("ended")
+        self._folder.update(status=status, status_detail=detail, global_step=self.global_step)
         left = self._link.close()
         if left:
             logger.warning("{} records of {} were not delivered.", left, self.run_id)
         self._journal.close()
         self._folder.release()
-        self._word = memoryview(bytes(8)).cast("Q")
-        self._seen, self._look_at = 0, _NEVER
+
+    # --- several ranks ---------------------------------------------------------------------------------------------
+    def join_ranks(self) -> None:
+        """Finds the other ranks, if there is a process group by now, and agrees with them from here on.
+
+        `start` and `step` do it by themselves; called where it has been done, or where there is one process, it changes
+        nothing. Every rank calls it at the same place.
+
+        Raises:
+            RankError: another rank has not come, or has failed.
+            ConfigError: the ranks have taken different numbers of steps, or commands, on their own.
+        """
+        here = None if self._others.alone else place_in_group()
+        if here is None or not self._started or self._others.together is not None:
+            return
+        try:
+            self._meet(here)
+        except BaseException:
+            self.stop("failed")
+            raise
+
+    def _meet(self, here: Place) -> None:
+        if here.rank == 0 and not self._others.is_first:  # the environment has called another process the first
+            self._others.place = here
+            self._open()
+        run, folder = self._identity
+        own = Card(self.global_step)
+        if self._others.is_first:
+            journal = (folder / "journal.jsonl").read_text(encoding="utf-8")
+            own = Card(self.global_step, self._desk.revision, run, str(folder), journal)
+        first, ranks, agreement = _joined_ranks().join(here, own)
+        if self._others.is_first and here.rank:
+            self._close("stopped", f"this process is rank {here.rank} of {first.run}")
+        self._others.place, self._identity = here, (first.run, Path(first.folder))
+        if here.rank:
+            self._link = self._line or NoLine()
+            self._journal = Journal(self.folder / "journal.jsonl", copy=first.journal.encode())
+            self._desk = Desk(self.run_id, self._journal, self.knobs, self._actions, self._tell)
+        self._others.together = Together(self, self._desk, ranks, agreement, self._link, self._pausing)
+        self._others.awaited, self._others.met = False, True
+        self._word, self._seen = memoryview(bytes(8)).cast("Q"), 0
+        self._look_at = self.global_step + 1
+
+    def _on_every_rank(self, function: Callable[[], Any]) -> Any:
+        return function() if self._others.together is None else self._desk.on_every_rank(function)
+
+    def _act(self, operation: str, action: Action) -> None:
+        self._actions[operation] = action
+        if self._started and self._identity[0]:
+            self._desk.actions[operation] = action
 
     def __enter__(self) -> Weavelet:
         return self if self._started else self.start()
@@ -294,14 +255,32 @@ class Weavelet:
         return self._started
 
     @property
+    def world_size(self) -> int:
+        """How many processes are steered together: 1, or the number of ranks once they have met."""
+        place = self._others.place
+        return place.size if self._others.met and place is not None else 1
+
+    @property
     def run_id(self) -> str:
-        """The name of the run folder."""
-        return self._folder.run_id
+        """The name of the run folder.
+
+        Raises:
+            AetheriaError: it has not been made; or this is not the first rank, and has not met that one yet.
+        """
+        return self._known()[0]
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
-        return self._folder.path
+        """The run folder; see `run_id`."""
+        return self._known()[1]
+
+    def _known(self) -> tuple[str, Path]:
+        if not self._identity[0]:
+            raise AetheriaError(
+                "the run folder is not known yet: the first rank makes it when its Weavelet is started, and the others "
+                "learn of it at the first step with a process group."
+            )
+        return self._identity
 
     # --- in the loop -----------------------------------------------------------------------------------------------
     def step(self, metrics: Mapping[str, Any] | None = None) -> None:
@@ -318,38 +297,6 @@ class Weavelet:
             self.log(metrics)
         if self._word[0] != self._seen or self.global_step >= self._look_at:
             self._attend()
-
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """Records metrics of the present step.
-
-        While logs come within 20 ms of one another, they are written together, twenty times a second. So a fast loop
-        that stops short shows its last 50 ms only when it goes on, pauses or ends, and one that is killed (by signal 9)
-        takes them with it. What a slow loop logs is written at once.
-
-        Args:
-            metrics: numbers or scalar tensors; those on a device are read by a later call, so that nothing waits.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: something is not one number.
-        """
-        buffer = self._buffer
-        if buffer is None:
-            return
-        now = time.time()
-        # Written out, and in a loop: a call more, or the set of the types, would take microseconds between two steps.
-        for value in metrics.values():
-            if type(value) is not float and type(value) is not int:
-                break
-        else:
-            if now < buffer.due and metrics and len(buffer.points) < MOST:
-                buffer.points.append((now, self.global_step, dict(metrics)))
-                return
-        buffer.add(now, self.global_step, metrics)
-
-    def note(self, text: str, author: str = "") -> None:
-        """Writes a note about the present step."""
-        said = {"kind": "note", "step": self.global_step, "message": text, "data": {"author": author}}
-        self._link.tell("event", encode(said))
 
     @property
     def should_stop(self) -> bool:
@@ -368,41 +315,66 @@ class Weavelet:
         changes, self._changes = self._changes, {}
         return changes
 
-    def publish_training_status(self, status: Mapping[str, Any]) -> None:
-        """Publishes anything about the training, as an event; its numbers become metrics, too."""
-        numbers = {
-            name: value
-            for name, value in status.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        if numbers:
-            self.log(numbers)
-        said = {"kind": "status", "step": self.global_step, "message": "training status", "data": dict(status)}
-        self._link.tell("event", encode(said))
-
     # --- at a boundary ---------------------------------------------------------------------------------------------
     def _attend(self) -> None:
-        self._take()
-        paused = self._pausing.arrive()
-        if self._buffer is not None:
-            self._buffer.flush(wait=paused)
-        if paused:
-            self._say("paused")
-            self._pausing.wait(self._link, self._take, lambda: self._seen, lambda: bool(self._stop_reason))
-            self._say("running")
+        if self._others.together is None and not self._others.alone:
+            self._look_for_ranks()
+        together = self._others.together
+        if together is not None:
+            self._flush()
+            together.attend()
+            self._look_at = together.next_step
+            if together.closed:  # what comes now is refused, by each for itself
+                self._others.together, self._others.alone = None, True
+                self._word, self._seen = self._link.word, self._link.word[0]
+        elif not self._others.awaited:
+            self._take()
+            self._flush()
+            if self._pausing.arrive():
+                self.say("paused")
+                self._pausing.wait(self._link, self._take, lambda: self._seen, lambda: bool(self._stop_reason))
+                self.say("running")
         self._tend()
         if self._stop_reason and not self._asked_to_stop:
             reason, self._asked_to_stop = self._stop_reason, True
             raise TrainingStopped(reason)
 
+    def _look_for_ranks(self) -> None:
+        """Joins the other ranks, if there are any by now; where nobody has said so, only at the first step."""
+        others = self._others
+        first, others.looked = not others.looked, True
+        if place_in_group() is None:
+            if first and self._others.awaited:
+                logger.warning(
+                    "The environment says that this is rank {} of {}, but torch.distributed has not been initialised. "
+                    "Commands wait until it is.",
+                    *(self._others.place or ()),
+                )
+        elif first or self._others.awaited:
+            self.join_ranks()
+        elif not self._desk.closed:
+            self._desk.closed = (
+                "other ranks have come after this Weavelet had begun by itself; it was started too early to agree with "
+                "them"
+            )
+            logger.warning("{}. It takes no more commands.", self._desk.closed.capitalize())
+
     def _tend(self) -> None:
         """Says that the loop is alive, looks after the sidecar, and plans the step at which to do so again."""
         now, step = time.monotonic(), self.global_step
         then, before = self._looked
+        if self._others.awaited:
+            self._look_at = step + 1
+            if now - then < _TEND_INTERVAL:
+                return
+            self._flush()
         self._looked = now, step
-        self._link.beat(step)
-        self._link.tend()
-        self._telling.refresh(self._link, self._desk.revision)
+        if self._others.is_first:
+            self._link.beat(step)
+            self._link.tend()
+            self._telling.refresh(self._link, self._desk.revision)
+        if self._others.together is not None or self._others.awaited:
+            return
         # About a second from now, at the pace since the last time: a clock read in every step would cost more.
         pace = (step - before) / (now - then) if then and now > then else 1.0
         self._look_at = step + max(1, int(pace * _TEND_INTERVAL))
@@ -410,16 +382,9 @@ class Weavelet:
             self._look_at = min(self._look_at, self._pausing.at_step)
 
     def _take(self) -> None:
-        self._seen = self._word[0]
+        self._seen = self._link.word[0]
         for data in self._link.take():
             self._desk.receive(data, *Boundary(self.global_step, 0, self.global_step))
-
-    def _say(self, status: str) -> None:
-        self._telling.status(self._link, status, self.global_step, self._desk.revision)
-
-    def say_knobs(self) -> None:
-        """Tells the hub the knobs and their values as they are now; after `start`."""
-        self._telling.knobs(self._link, self._desk.revision)
 
     def _tell(self, outcome: Outcome) -> None:
         self._link.tell("ack", encode(outcome))
@@ -437,3 +402,8 @@ class Weavelet:
 
     def _note(self, command: Note) -> None:
         self.note(command.args.text, command.author)
+
+
+def _joined_ranks() -> Any:
+    """Returns the module that knows process groups: whoever has one process does without it."""
+    return importlib.import_module("aetheria.control.joined_ranks")

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -100,6 +100,9 @@ class Accelerator(ABC):
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    sharded: bool = False  # whether each rank holds a part of every weight: `aetheria.core.shards`
+    sync_every: int | None = None  # windows between two exchanges of ranks that train apart; None: each step is of all
+    team: Any = None  # the ranks that write snapshots together, where sharded: `aetheria.snapshot.sharded.Team`
     ranks: Any = None  # what several ranks talk to one another with: `aetheria.control.agreement.Group`
 
     @property
@@ -163,6 +166,10 @@ class Accelerator(ABC):
             return torch.isfinite(norm).logical_not_()
         return torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all().logical_not_()
 
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """Returns the 2-norm of all gradients together, a scalar on the device."""
+        return torch.nn.utils.get_total_norm(gradients)
+
     def clip_grad_norm(self, gradients: list[Tensor], max_norm: float, norm: Tensor) -> None:
         """Scales the gradients, in place, so that their total norm is at most `max_norm`."""
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp_(max=1.0))
@@ -219,6 +226,47 @@ class Accelerator(ABC):
 
     def share_buffers(self, model: AetherModel) -> None:  # noqa: B027 - a hook
         """Gives every rank the main process's buffers: before they are saved, or evaluated with."""
+
+    def new_shard(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Returns memory for a tensor of this shape, in host memory, as parameters are held here."""
+        return torch.empty(shape, dtype=dtype)
+
+    # Ranks that train apart: each takes steps of its own, and has weights of its own from one exchange to the next.
+    def end_window(self) -> bool:
+        """Called by ranks that train apart after each window, whether or not its step was taken.
+
+        Returns:
+            Whether they have come together: then weights and buffers are not what they were.
+        """
+        return False
+
+    def come_together(self) -> None:  # noqa: B027 - a hook
+        """Has ranks that train apart exchange now what they have changed. Every rank must call it."""
+
+    def shared_weights(self, model: AetherModel) -> AbstractContextManager[None]:
+        """Returns the context in which the model has the weights and buffers that all ranks have in common."""
+        return contextlib.nullcontext()
+
+    def remarks(self) -> list[str]:
+        """Returns what this rank has learned of the others since it was last asked, for the run's record."""
+        return []
+
+    def own_state(self) -> dict[str, Any]:
+        """Returns what must survive a resume, and is this rank's alone."""
+        return {}
+
+    def combined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Returns what each rank takes over from those that were there before, where these were more or fewer."""
+        return states[0]
+
+    def load_own_state(self, state: dict[str, Any]) -> list[str]:
+        """Takes back what `own_state` or `combined` returned; returns warnings about what it could not."""
+        if not state.get("windows"):
+            return []
+        return [
+            f"the snapshot is of ranks that trained apart, {state['windows']} windows after they had last come "
+            "together: these are left out, because the ranks that continue it do not train apart"
+        ]
 
     def explain(self, error: BaseException) -> BaseException:
         """Returns what ended the run, if that was another rank; else the error, which the others are told."""

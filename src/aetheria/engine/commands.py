@@ -40,7 +40,7 @@ class CommandedRun(RunContext):
     @abstractmethod
     def _validate(self) -> bool: ...
     @abstractmethod
-    def _save(self, reason: str, pinned: bool = False) -> None: ...
+    def _save(self, reason: str, pinned: bool = False, ending: bool = False) -> None: ...
     @abstractmethod
     def _new_runner(self) -> WindowRunner: ...
     @abstractmethod
@@ -116,7 +116,7 @@ class CommandedRun(RunContext):
         source = prepare_loader(
             loader, role="test", seed=self.config.seed, seed_samples=self.config.sample_seeding, share=share
         )
-        with closing(source):
+        with closing(source), self.accelerator.shared_weights(self.model):
             step = self.accelerator.step_function(self.model, "test_step")
             found = evaluate(self.model, source, self.accelerator, step, seed=self.config.seed)
         metrics = {f"test_{name}": value for name, value in (found or {}).items()}

@@ -116,3 +116,7 @@ class RunContext:
 
     def record(self, kind: str, message: str, **data: Any) -> None:
         self._reporter.record(RunEvent(kind, self.global_step, message, data))
+
+    def _note_remarks(self) -> None:
+        for remark in self.accelerator.remarks():
+            self.record("nonfinite", remark)

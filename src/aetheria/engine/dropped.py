@@ -27,15 +27,22 @@ class DroppedWindows:
         limit: dropped windows in a row that fail the run whatever the policy.
         record: takes the event.
         request_stop: ends the run at the next boundary.
+        own: whether a window is this rank's alone, so that only its own samples can be at fault.
     """
 
     def __init__(
-        self, policy: Literal["skip", "stop", "raise"], limit: int, record: _Record, request_stop: _Stop
+        self,
+        policy: Literal["skip", "stop", "raise"],
+        limit: int,
+        record: _Record,
+        request_stop: _Stop,
+        own: bool = False,
     ) -> None:
         self._policy = policy
         self._limit = limit
         self._record = record
         self._request_stop = request_stop
+        self._own = own
 
     def note(self, window: Window, state: LoopState, overflow_expected: bool) -> None:
         """Notes one that was dropped.
@@ -58,7 +65,7 @@ class DroppedWindows:
                 "nonfinite",
                 f"NaN or infinite gradients {after}: the window was dropped, nothing changed",
                 epoch=state.cursor.epoch,
-                sample_ids=window.sample_ids(),
+                sample_ids=window.sample_ids(self._own),
             )
         if state.dropped_in_a_row >= self._limit or (self._policy == "raise" and not overflow_expected):
             raise NonFiniteError(

@@ -29,8 +29,11 @@ class EndingRun(CommandedRun):
     def _finish(self) -> RunResult:
         self._settle()
         interrupted = self._signal is not None
-        if not interrupted and self.state.cursor.windows:  # ended in the middle of an epoch
-            self._validate()
+        if not interrupted:
+            self.accelerator.come_together()
+            if self.state.cursor.windows:  # ended in the middle of an epoch
+                self._validate()
+        self._note_remarks()
         metrics = (
             self._epoch_metrics()
             if self.state.cursor.windows
@@ -41,7 +44,7 @@ class EndingRun(CommandedRun):
         reason = self._describe_end()
         self._steering.end()
         if self._snapshot_at_end:
-            self._save(reason)
+            self._save(reason, ending=True)
         if (path := self._keeper.wait()) is not None:
             self._hooks.call("on_snapshot", path)
         self._reporter.deliver(wait=True)
@@ -53,13 +56,15 @@ class EndingRun(CommandedRun):
             metrics=metrics,
             callback_failures=dict(self._hooks.failures),
         )
+        with self.accelerator.shared_weights(self.model):
+            digest = weights_digest(model_tensors(self.model)[0])
         return RunResult(
             run_id=self.run_id,
             folder=self.folder,
             status=self._status,
             global_step=self.global_step,
             metrics=metrics,
-            digest=weights_digest(model_tensors(self.model)[0]),
+            digest=digest,
             history=self.state.history,
             reason=reason,
             signal=self._signal,

@@ -23,15 +23,18 @@ EVALUATION_STREAM = 5  # part of the key of what a model may draw while it is ev
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, sharded: bool = False) -> Iterator[None]:
     """Puts every module into eval mode, and afterwards each back into the mode it was in, whatever happens.
+
+    Sharded weights are brought together in memory that is used again in training: not in inference mode, whose tensors
+    are of no use there.
 
     Not `model.train()`: a module that the user keeps in eval mode while training (a frozen batch norm) stays there.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad() if sharded else torch.inference_mode():
             yield
     finally:
         for module, training in modes:
@@ -68,7 +71,7 @@ def evaluate(
     device_generator = accelerator.generator_state()
     count = 0
     try:
-        with evaluating(model), isolated_generators(mix(seed, EVALUATION_STREAM)):
+        with evaluating(model, accelerator.sharded), isolated_generators(mix(seed, EVALUATION_STREAM)):
             for batch in accelerator.prepare_dataloader(source.iterate(Cursor())):
                 if interrupted():
                     return None

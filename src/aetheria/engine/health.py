@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from aetheria.core import Accelerator, AetherModel
+from aetheria.core.shards import whole
 from aetheria.data import BatchSource, Cursor
 from aetheria.data.order import mix
 from aetheria.data.randomness import isolated_generators
@@ -52,8 +53,12 @@ def check_health(check: str, run: Patient) -> dict[str, Any]:
 
 
 def _ranks(run: Patient) -> dict[str, Any]:
-    """Compares the weights of all ranks, which must be the same bits; buffers are the first rank's to say."""
-    own = fingerprint(dict(run.model.named_parameters()))
+    """Compares the weights of all ranks, which must be the same bits; buffers are the first rank's to say.
+
+    Of sharded weights there is one copy, of which every rank computes the fingerprint from all parts.
+    """
+    with run.accelerator.shared_weights(run.model):  # between two exchanges ranks that train apart have others besides
+        own = fingerprint(dict(run.model.named_parameters()))
     digests = [said.decode() for said in run.accelerator.gather(own.encode())]
     return {"healthy": len(set(digests)) == 1, "digests": digests}
 
@@ -65,10 +70,11 @@ def _numerics(run: Patient) -> dict[str, Any]:
     for name, parameter in run.model.named_parameters():
         for place, tensor in ((name, parameter), *_states(run.optimizer, name, parameter)):
             if tensor.is_floating_point() and tensor.numel():
+                tensor = whole(tensor.detach())
                 if count := int((~torch.isfinite(tensor)).sum()):
                     wrong[place] = count
                 elif place == name:
-                    largest = max(largest, float(tensor.detach().abs().max()))
+                    largest = max(largest, float(tensor.abs().max()))
     return {"healthy": not wrong, "not_finite": wrong, "largest_weight": largest}
 
 
@@ -136,7 +142,9 @@ def _one_batch(run: Patient) -> Iterator[Any]:
         raise CommandError("this check needs a validation batch, and the run has no validation data.")
     state = run.accelerator.generator_state()
     try:
-        with evaluating(run.model), isolated_generators(mix(0, EVALUATION_STREAM)), run.accelerator.forward_context():
+        accelerator = run.accelerator
+        generators = isolated_generators(mix(0, EVALUATION_STREAM))
+        with evaluating(run.model, accelerator.sharded), generators, accelerator.forward_context():
             yield run.accelerator.process_batch(next(iter(run._val.iterate(Cursor()))).data)
     finally:
         if state is not None:

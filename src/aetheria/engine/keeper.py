@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aetheria.config import SnapshotsConfig
 from aetheria.errors import (
@@ -28,6 +30,9 @@ from aetheria.snapshot import (
 from aetheria.snapshot.format import folder_name
 from aetheria.snapshot.writer import remove_snapshot
 
+if TYPE_CHECKING:
+    from aetheria.snapshot.sharded import Team
+
 __all__ = ["SnapshotKeeper"]
 
 
@@ -43,6 +48,7 @@ class SnapshotKeeper:
         writes: whether this rank writes; the others take part in every snapshot, but leave no trace.
         alone: whether there are no other ranks. Where there are, only what they have agreed on is due, besides what
             follows from the number of steps.
+        team: the ranks that write together, where each holds a part of the weights.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class SnapshotKeeper:
         notify: Callable[[], None],
         writes: bool = True,
         alone: bool = True,
+        team: Team | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
@@ -68,8 +75,11 @@ class SnapshotKeeper:
         self._notify = notify
         self._last_time = time.monotonic()
         self._alone = alone
-        self._writer = SnapshotWriter(folder, synchronize, before_commit, self._committed) if writes else None
-        if self._writer is not None:
+        self._leads = writes
+        self._writer: SnapshotWriter | None = None
+        if writes or team is not None:
+            self._writer = SnapshotWriter(folder, synchronize, before_commit, self._committed, team)
+        if self._leads and self._writer is not None:
             self._writer.clean()
 
     # --- when ------------------------------------------------------------------------------------------------------
@@ -93,7 +103,7 @@ class SnapshotKeeper:
         """What this rank would have, if it were asked: 0 nothing, 1 a snapshot, 2 one in the place of another, too."""
         if self._again:
             return 2
-        return int(bool(self.reason) or (self._writer is not None and time.monotonic() >= self.deadline()))
+        return int(bool(self.reason) or (self._leads and time.monotonic() >= self.deadline()))
 
     def due(self, step: int, agreed: int = 0) -> str:
         """Returns why a snapshot is due at this boundary, or an empty string.
@@ -122,7 +132,7 @@ class SnapshotKeeper:
 
     def judge(self, metrics: Mapping[str, float]) -> None:
         """Asks for a snapshot if a metric is among the best that are to be kept."""
-        if self._writer is None:
+        if not self._leads:
             return  # who writes knows what there is
         for rule in self.rules:
             value = metrics.get(rule.metric)
@@ -157,12 +167,19 @@ class SnapshotKeeper:
             self._reserved = True
             self._writer.reserve(content())
 
-    def save(self, content: SnapshotContent) -> None:
-        """Takes a snapshot; returns when its content has been copied to host memory."""
+    def save(self, content: SnapshotContent, ending: bool = False) -> None:
+        """Takes a snapshot; returns when its content has been copied to host memory.
+
+        Args:
+            content: of the snapshot.
+            ending: whether it is the run's last one.
+        """
         begun = time.monotonic()
         self._reserved = True
         if self._writer is not None:
-            self._writer.save(content)
+            wanted = self.config.consolidate
+            whole = wanted == "always" or (wanted == "end" and ending)
+            self._writer.save(dataclasses.replace(content, consolidate=whole))
         self.last_step = content.manifest.step
         self.reason, self._again = "", False
         self._last_time = time.monotonic()
@@ -189,7 +206,7 @@ class SnapshotKeeper:
     def rewound_to(self, step: int, revision: int) -> None:
         """Puts the snapshots after a step aside, into a folder of their own: they belong to what has been undone."""
         aside = self.folder / f"undone-by-revision-{revision}"
-        for snapshot in list_snapshots(self.folder) if self._writer is not None else ():
+        for snapshot in list_snapshots(self.folder) if self._leads else ():
             if int(snapshot.path.name.rpartition("-")[2]) > step:
                 aside.mkdir(exist_ok=True)
                 if (aside / snapshot.path.name).exists():  # this rewind was interrupted, and is done again

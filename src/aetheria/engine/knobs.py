@@ -97,6 +97,16 @@ def _of_config(run: Steered) -> Iterator[Knob]:
     yield knob("snapshots.every_epochs", int | None, "A snapshot after every so many epochs.", "epochs", ge=1)
     yield knob("snapshots.every_seconds", float | None, "A snapshot when the last one is so old.", "s", gt=0)
     yield knob("snapshots.keep_last", int, "How many of the newest snapshots are kept.", "snapshots", ge=2)
+    if (accelerator := run.accelerator).sync_every is not None:
+        yield Knob(
+            "sync_every",
+            int,
+            lambda value: setattr(accelerator, "sync_every", value),
+            lambda: accelerator.sync_every,
+            ge=1,
+            unit="steps",
+            help="Ranks that train apart (accelerator local_sgd) exchange what they have changed every so many steps.",
+        )
 
 
 # --- the optimiser ---------------------------------------------------------------------------------------------------

@@ -200,19 +200,25 @@ class SharedMetrics:
         fits = len(self._names) <= _NAMES_AT_ONCE
         digest = crc32("\0".join(self._names).encode())
         halves = digest >> 16, digest & 0xFFFF  # their squares, and those of their sums, are exact in float64
-        vector = torch.zeros(_HEAD + 2 * _NAMES_AT_ONCE, dtype=torch.float64)
-        vector[:_HEAD] = torch.tensor([*halves, *(half * half for half in halves), not fits], dtype=torch.float64)
-        vector = accelerator.send(vector) if accelerator.device.type != "cpu" else vector
-        if fits and self._names:
-            vector[_HEAD : _HEAD + 2 * len(self._names)] = self._column(self._names).to(vector.device)
+        head = [*halves, *(half * half for half in halves), float(not fits)]
+        self._on_host = accelerator.device.type == "cpu"
+        numbers = self._numbers(self._names) if fits else []
+        space = [0.0] * (2 * _NAMES_AT_ONCE - len(numbers))
+        if self._on_host:
+            vector = torch.tensor([*head, *map(float, numbers), *space], dtype=torch.float64)
+        else:
+            vector = accelerator.send(torch.tensor([*head, *space], dtype=torch.float64))
+            vector = torch.cat([vector[:_HEAD], self._column(numbers).to(vector.device), vector[_HEAD:]])
         self._arriving = accelerator.sum_later(vector)
 
-    def _column(self, names: list[str]) -> Tensor:
-        numbers = [part for name in names for part in self._sums.get(name, (0.0, 0.0))]
-        if any(isinstance(number, Tensor) for number in numbers):
-            device = next(number.device for number in numbers if isinstance(number, Tensor))
-            return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
-        return torch.tensor(numbers, dtype=torch.float64)
+    def _numbers(self, names: list[str]) -> list[Any]:
+        return [part for name in names for part in self._sums.get(name, (0.0, 0.0))]
+
+    def _column(self, numbers: list[Any]) -> Tensor:
+        device = next((number.device for number in numbers if isinstance(number, Tensor)), None)
+        if device is None:
+            return torch.tensor(numbers, dtype=torch.float64)
+        return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
 
     def ready(self) -> bool:
         return False  # what follows from it must happen at the same moment everywhere
@@ -227,8 +233,8 @@ class SharedMetrics:
             if not alike:
                 said = self._accelerator.gather("\0".join(self._names).encode())
                 names = sorted({name for names in said for name in names.decode().split("\0") if name})
-                column = self._column(names) if names else torch.zeros(0, dtype=torch.float64)
-                column = column if self._accelerator.device.type == "cpu" else self._accelerator.send(column.cpu())
+                column = self._column(self._numbers(names))
+                column = column if self._on_host else self._accelerator.send(column.cpu())
                 found = self._accelerator.sum_later(column.clone())().tolist()
             self._values = {
                 name: total / weight if weight else float("nan")

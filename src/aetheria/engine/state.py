@@ -8,11 +8,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from aetheria.core import Accelerator, AetherModel
+from aetheria.core.shards import cut_like, is_sharded
 from aetheria.data import BatchSource
 from aetheria.data.order import mix
 from aetheria.data.randomness import GeneratorStates, isolated_generators
@@ -88,7 +90,8 @@ class RunParts:
         """
         if exchange:
             self.accelerator.share_buffers(self.model)
-        weights, extra = model_tensors(self.model)
+        with self.accelerator.shared_weights(self.model):
+            weights, extra = model_tensors(self.model)
         manifest = Manifest(
             run_id=run_id,
             step=step,
@@ -100,7 +103,7 @@ class RunParts:
             model=describe_model(self.model),
             optimizer=self.schedules.describe(),
             world_size=self.accelerator.world_size,
-            versions=versions(),
+            versions=_circumstances(),
         )
         state = {
             "loop": loop,
@@ -116,6 +119,7 @@ class RunParts:
             "means": self.means.state_dict(),
             "device_generator": self.accelerator.generator_state(),
             "loader": self.source.state_dict(),
+            "accelerator": self.accelerator.own_state(),
         }
         others: list[bytes] = []
         if exchange and self.accelerator.world_size > 1:
@@ -132,13 +136,14 @@ class RunParts:
         Raises:
             SnapshotMismatchError: the snapshot is of another model or another optimiser.
         """
-        state, rank_state = snapshot.state(), self._rank_state(snapshot)
+        state, rank_state = snapshot.state(self._part if self.accelerator.sharded else None), self._rank_state(snapshot)
         steering = state.get("steering", {"position": 0, "knobs": {}})
         knobs = {key: value for key, value in steering["knobs"].items() if key not in overridden}
         warnings = self.steering.knobs.restore(knobs, structural=True)
-        restore_model(self.model, snapshot.weights(), state["model_extra"])
+        restore_model(self.model, self._weights(snapshot), state["model_extra"])
         _restore_optimizer(self.schedules, snapshot.manifest.optimizer, state)
         self.accelerator.load_state_dict(state["accelerator"])
+        warnings += self.accelerator.load_own_state(rank_state.get("accelerator", {}))
         self.means.load_state_dict(rank_state["means"])
         self.source.load_state_dict(rank_state["loader"])
         warnings += self.steering.knobs.restore(knobs, structural=False)
@@ -146,11 +151,11 @@ class RunParts:
             f"the snapshot holds the state of a callback {name}, which this run does not have; it is left out"
             for name in self.hooks.load_state_dict(state["callbacks"])
         ]
-        then, here = snapshot.manifest.versions, versions()
+        then, here = snapshot.manifest.versions, _circumstances()
         if changed := [
             f"{name} {then[name]} -> {here[name]}" for name in then.keys() & here if then[name] != here[name]
         ]:
-            warnings.append(f"versions changed since the snapshot ({', '.join(changed)}): bits may differ from here on")
+            warnings.append(f"changed since the snapshot: {', '.join(changed)}. Bits may differ from here on")
 
         def restore_generators() -> None:
             GeneratorStates.from_plain(rank_state["generators"]).restore()
@@ -165,6 +170,21 @@ class RunParts:
             )
         return Restored(state["loop"], restore_generators, steering["position"], ranks, warnings)
 
+    def _part(self, _name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return self.accelerator.new_shard(shape, dtype)
+
+    def _weights(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """Returns the snapshot's weights; of a sharded model, this rank's parts."""
+        if not self.accelerator.sharded:
+            return snapshot.weights()
+        own, _ = model_tensors(self.model)
+
+        def place(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+            cut = is_sharded(own.get(name))
+            return self.accelerator.new_shard(shape, dtype) if cut else torch.empty(shape, dtype=dtype)
+
+        return snapshot.weights(place)
+
     def _rank_state(self, snapshot: Snapshot) -> dict[str, Any]:
         """Returns this rank's state; of another number of ranks, what they had together is the first one's now."""
         ranks, rank = snapshot.manifest.world_size, self.accelerator.rank
@@ -177,12 +197,18 @@ class RunParts:
         means: dict[str, Any] = {"reading": {}, "epoch": {}}
         if rank == 0:
             means = {kept: _added_up([state["means"][kept] for state in states]) for kept in means}
-        return states[0] | {"generators": generators, "device_generator": None, "means": means}
+        own = self.accelerator.combined([state.get("accelerator", {}) for state in states])
+        return states[0] | {"generators": generators, "device_generator": None, "means": means, "accelerator": own}
 
 
 def _added_up(parts: list[dict[str, Any]]) -> dict[str, Any]:
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: tuple(map(sum, zip(*(part[name] for part in parts if name in part), strict=True))) for name in names}
+
+
+def _circumstances() -> dict[str, str]:
+    """Returns what decides the bits, besides what is stored: versions, and among how many threads sums are divided."""
+    return versions() | {"threads": str(torch.get_num_threads())}
 
 
 def describe_model(model: AetherModel) -> dict[str, Any]:
@@ -262,6 +288,11 @@ def _restore_optimizer(schedules: Schedules, saved: dict[str, Any], state: dict[
             "Resume with the model's configure_optimizers as it was, or start a new run."
         )
     optimizer: Optimizer = schedules.plan.optimizer
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state["optimizer"]["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape:
+                values[name] = cut_like(value, parameters[index])  # the snapshot may be of one process
     optimizer.load_state_dict(state["optimizer"])
     schedules.load_state_dict(state["schedulers"])
     # Schedulers warn when they are stepped before the optimiser was, and look at this mark; it was, in a former life.

@@ -12,7 +12,7 @@ from aetheria.control.knobs import Knobs
 from aetheria.control.line import Line
 from aetheria.control.pausing import Pausing
 from aetheria.control.telling import Telling
-from aetheria.core import AetherModel
+from aetheria.core import Accelerator, AetherModel
 from aetheria.engine.fingerprint import fingerprint
 from aetheria.protocol import (
     AnyCommand,
@@ -39,6 +39,7 @@ class Steerable(Protocol):
     """What commands do to a run: the Orchestrator."""
 
     model: AetherModel
+    accelerator: Accelerator
 
     @property
     def boundary(self) -> Boundary:
@@ -111,9 +112,11 @@ class Steering:
         self._agreement = agreement
         self._arrived: list[bytes] = []  # and not agreed on yet
         vote = None if agreement is None else agreement.vote
-        self.desk = Desk(
-            run_id, journal, knobs, self._actions(), self._tell, lambda: fingerprint(model_tensors(run.model)[0]), vote
-        )
+        self.desk = Desk(run_id, journal, knobs, self._actions(), self._tell, self._fingerprint, vote)
+
+    def _fingerprint(self) -> str:
+        with self._run.accelerator.shared_weights(self._run.model):
+            return fingerprint(model_tensors(self._run.model)[0])
 
     # --- an earlier life -------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

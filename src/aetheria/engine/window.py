@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aetheria.core import Accelerator, AetherModel, LateAnswer, MicroBatch
+from aetheria.core.shards import part_of
 from aetheria.engine.buffers import BufferGuard
 from aetheria.engine.hooks import Hooks
 from aetheria.engine.metrics import NOT_METRICS
@@ -48,9 +49,10 @@ class Window:
         common = set.intersection(*(set(values) for values, _ in self.metrics))
         return {name: sum(values[name] * weight for values, weight in self.metrics) / total for name in common}
 
-    def sample_ids(self) -> list[Any] | None:
-        """Returns the ids of its samples, those of all ranks, or None for data without ids."""
-        known = [batch.all_ids for batch in self.batches if batch.all_ids is not None]
+    def sample_ids(self, own: bool = False) -> list[Any] | None:
+        """Returns the ids of its samples, those of all ranks or this rank's own, or None for data without ids."""
+        each = [batch.ids if own else batch.all_ids for batch in self.batches]
+        known = [ids for ids in each if ids is not None]
         return np.concatenate(known).tolist() if known else None
 
 
@@ -73,7 +75,8 @@ class WindowRunner:
     """Computes windows: forward, backward, guard, clip, step.
 
     The gradient is that of the loss over the whole window, on all ranks: the mean over all its samples, or over all its
-    tokens where the model returns "weight". It is not the mean of the micro-batches' means.
+    tokens where the model returns "weight". It is not the mean of the micro-batches' means. Of ranks that train apart,
+    each has a window of its own: the gradient is that of this rank's loss.
 
     Args:
         model: in training mode.
@@ -100,7 +103,9 @@ class WindowRunner:
         self._model = model
         self._optimizer = optimizer
         self._accelerator = accelerator
-        self._ranks = accelerator.world_size
+        self._apart = accelerator.sync_every is not None  # then a rank's window is its own
+        self._ranks = 1 if self._apart else accelerator.world_size
+        self._sharded = accelerator.sharded
         self._hooks = hooks
         self._training_step = training_step
         self._before_step = hooks.wanted("on_before_step")
@@ -110,7 +115,7 @@ class WindowRunner:
     def backward(self, window: Window) -> None:
         """Accumulates the gradients of a window's loss."""
         batches = window.batches
-        if len(batches) == self._ranks == 1:
+        if len(batches) == self._ranks == 1 and batches[0].size:
             batch = batches[0]
             outputs = self._forward(batch)
             self._backward(outputs["loss"], outputs)
@@ -120,14 +125,17 @@ class WindowRunner:
         # number of samples, which is, and the gradients are put right at the end if the weights turn out otherwise.
         # The gradients of several ranks are averaged, where they should be added up: their number makes good for it.
         sums = _WeightSum(self._accelerator)
+        samples = sum(batch.size for batch in batches) if self._apart else window.samples
         for batch in batches[:-1]:
             with self._accelerator.no_sync():
-                self._accumulate(window, batch, sums, last=False)
-        self._accumulate(window, batches[-1], sums, last=True)
+                self._accumulate(window, batch, sums, samples, last=False)
+        self._accumulate(window, batches[-1], sums, samples, last=True)
         if sums.weighted and (gradients := self._gradients()):
-            torch._foreach_mul_(gradients, window.samples / sums.total())
+            total = sums.total()
+            if isinstance(total, Tensor) or total:  # a rank that trains apart may have nothing that counts
+                torch._foreach_mul_(gradients, samples / total)
 
-    def _accumulate(self, window: Window, batch: MicroBatch, sums: _WeightSum, last: bool) -> None:
+    def _accumulate(self, window: Window, batch: MicroBatch, sums: _WeightSum, samples: int, last: bool) -> None:
         outputs = self._forward(batch)
         weight: float | Tensor = outputs.get("weight", batch.size) if batch.size else 0
         if isinstance(weight, Tensor):
@@ -140,17 +148,15 @@ class WindowRunner:
         # A micro-batch of which nothing counts has a loss of 0/0; its share of the window's loss is exactly nothing.
         # (On a device nobody looks: there the guard meets the NaN, and drops the window.)
         if isinstance(weight, Tensor) or weight:
-            share = weight * self._ranks / window.samples
+            share = weight * self._ranks / samples
             loss = outputs["loss"]
             self._backward(loss if isinstance(share, float) and share == 1.0 else loss * share, outputs)
-        elif last and self._ranks > 1:  # the others wait for this rank's gradients
-            self._backward(self._nothing(), outputs)
+        elif self._sharded or (last and (self._ranks > 1 or self._apart)):
+            # The others wait for this rank's gradients, or for its step; and sharded weights are brought together for
+            # every backward pass, by all ranks.
+            with _silenced(outputs["loss"]):
+                self._backward(outputs["loss"], outputs)
         self._note(window, outputs, weight)
-
-    def _nothing(self) -> Tensor:
-        """Returns a loss of zero whose gradients are zeros, for every parameter that is trained."""
-        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        return torch.stack([torch.zeros_like(parameter).mul(parameter).sum() for parameter in trained]).sum()
 
     def _forward(self, batch: MicroBatch) -> dict[str, Tensor]:
         context = self._accelerator.forward_context()
@@ -182,12 +188,13 @@ class WindowRunner:
 
     def _gradients(self) -> list[Tensor]:
         # A sparse gradient is its values: whatever is not stored in it is zero, and stays zero.
-        return [
+        found = [
             gradient._values() if gradient.is_sparse else gradient
             for group in self._optimizer.param_groups
             for parameter in group["params"]
             if (gradient := parameter.grad) is not None
         ]
+        return [part_of(gradient) for gradient in found] if self._sharded else found
 
     def step(self, window: Window) -> None:
         """Guards, clips and takes the step; `window.taken` says whether. A window that is dropped changes nothing."""
@@ -199,7 +206,7 @@ class WindowRunner:
                 self._hooks.call("on_before_step")
             norm = None
             if self.max_grad_norm is not None:
-                norm = window.norm = torch.nn.utils.get_total_norm(gradients)
+                norm = window.norm = accelerator.total_norm(gradients)
             nonfinite = accelerator.check_finite(gradients, norm)
             if norm is not None and self.max_grad_norm is not None:
                 accelerator.clip_grad_norm(gradients, self.max_grad_norm, norm)
@@ -209,6 +216,8 @@ class WindowRunner:
             window.taken = accelerator.step(self._optimizer, nonfinite)
             if self._buffers.any:
                 self._buffers.settle(window.taken, nonfinite)
+        if self._apart and accelerator.end_window():
+            self._buffers = BufferGuard(self._model)
 
     def zero(self) -> None:
         """Lets the gradients go."""
@@ -236,7 +245,7 @@ class _WeightSum:
 
     def exchange(self) -> None:
         """Begins to add up over the ranks. Without weights of the model's own the sum is known: all samples."""
-        if self.weighted and self._accelerator.world_size > 1:
+        if self.weighted and self._accelerator.world_size > 1 and self._accelerator.sync_every is None:
             own = self._own if isinstance(self._own, Tensor) else torch.tensor(self._own, dtype=torch.float64)
             self._arriving = self._accelerator.sum_later(own.reshape(1).clone())
 
@@ -246,6 +255,29 @@ class _WeightSum:
             return self._own
         found = self._arriving()[0]
         return float(found) if found.device.type == "cpu" else found
+
+
+@contextmanager
+def _silenced(loss: Any) -> Iterator[None]:
+    """Has a backward pass put zeros into every gradient that it reaches, whatever it computes on its way."""
+    nodes, handles, seen = [getattr(loss, "grad_fn", None)], [], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        if not node.next_functions:  # what accumulates the gradient of a parameter
+            handles.append(node.register_prehook(_zeros))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _zeros(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if gradient is None else torch.zeros_like(gradient) for gradient in gradients)
 
 
 def _precise(loss: Tensor) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import Any
 
 from aetheria.control.weavelet import Weavelet
 from aetheria.errors import MissingDependencyError
-from aetheria.integrations.common import add_optimizer_knobs, checkpoint_path, must_be_one_process
+from aetheria.integrations.common import add_optimizer_knobs, begin, checkpoint_path
 
 try:
     import torch
@@ -25,7 +25,8 @@ def prepare(weavelet: Weavelet, accelerator: Any, *objects: Any) -> Any:
     A step is a step that the optimiser took: neither the micro-batches of a window count, nor the steps that a
     gradient scaler skipped. Commands take effect when the model is called next: then the scheduler has been stepped
     and the gradients are gone, wherever the loop does that, so that a snapshot holds a whole step. Where no model is
-    prepared together with the optimiser, they take effect right after the optimiser's step.
+    prepared together with the optimiser, they take effect right after the optimiser's step. Of several processes each
+    calls the model to train it as often as the others; a call without gradients is none of these.
 
     Args:
         weavelet: started by this if it has not been.
@@ -36,9 +37,8 @@ def prepare(weavelet: Weavelet, accelerator: Any, *objects: Any) -> Any:
         What `accelerator.prepare` returns.
 
     Raises:
-        ConfigError: several processes train.
+        ConfigError: several processes train, which have not found one another.
     """
-    must_be_one_process(accelerator.num_processes, "Accelerate")
     prepared = accelerator.prepare(*objects)
     everything: Sequence[Any] = prepared if len(objects) > 1 else [prepared]
     optimizers = [each.optimizer for each in everything if isinstance(each, AcceleratedOptimizer)]
@@ -53,7 +53,7 @@ def prepare(weavelet: Weavelet, accelerator: Any, *objects: Any) -> Any:
     for model in models:
         weavelet.register(accelerator.unwrap_model(model))
 
-    @weavelet.action("snapshot")
+    @weavelet.action("snapshot", together=True)
     def save() -> dict[str, str]:
         return {"path": str(accelerator.save_state(str(checkpoint_path(weavelet))))}
 
@@ -62,9 +62,7 @@ def prepare(weavelet: Weavelet, accelerator: Any, *objects: Any) -> Any:
     optimizers[0].register_step_post_hook(counter.count)
     for model in models:
         model.register_forward_pre_hook(_AtForward(counter.attend))
-    if not weavelet.started:
-        weavelet.register_device(str(accelerator.device))
-        weavelet.start()
+    begin(weavelet, accelerator.num_processes, "Accelerate", accelerator.device)
     return prepared
 
 
@@ -88,7 +86,8 @@ class _Counter:
             self.attend()
 
     def attend(self) -> None:
-        if self._due:
+        # One process alone may evaluate between two steps, while the others wait for it somewhere else.
+        if self._due and (self._early or self._weavelet.world_size == 1 or torch.is_grad_enabled()):
             self._due = False
             self._weavelet.global_step -= 1  # which `step` counts again
             self._weavelet.step({})

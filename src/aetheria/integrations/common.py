@@ -1,4 +1,4 @@
-"""What the integrations have in common: the knobs of optimisers, and where checkpoints go."""
+"""What the integrations have in common: the knobs of optimisers, the beginning, and where checkpoints go."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aetheria.control.optimizer_knobs import optimizer_knobs
 from aetheria.control.weavelet import Weavelet
 from aetheria.errors import ConfigError
 
-__all__ = ["add_optimizer_knobs", "checkpoint_path", "must_be_one_process"]
+__all__ = ["add_optimizer_knobs", "begin", "checkpoint_path"]
 
 
 def add_optimizer_knobs(
@@ -47,18 +47,32 @@ def checkpoint_path(weavelet: Weavelet, suffix: str = "") -> Path:
     Not among Aetheria's own snapshots: a framework's checkpoint is in that framework's format.
     """
     folder = weavelet.folder / "checkpoints"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # also on a machine that the first rank is not on
     return folder / f"step-{weavelet.global_step:08d}{suffix}"
 
 
-def must_be_one_process(processes: int, framework: str) -> None:
-    """Refuses training by several processes.
+def begin(weavelet: Weavelet, processes: int, framework: str, device: Any) -> None:
+    """Starts a Weavelet, if that has not been done, and lets it find the other processes; every one of them calls it.
+
+    Args:
+        weavelet: has its knobs and its step by now.
+        processes: how many train, as the framework says.
+        framework: its name, for people.
+        device: on which this process trains.
 
     Raises:
-        ConfigError: a command would take effect in one process and not in the others, whose models then differ.
+        ConfigError: there are other processes, with which it cannot agree.
+        RankError: another process has not come as far, or has failed.
     """
-    if processes > 1:
+    if weavelet.started:
+        weavelet.join_ranks()
+    else:
+        weavelet.register_device(str(device))
+        weavelet.start()
+    if weavelet.world_size != processes:
+        weavelet.stop("failed")
         raise ConfigError(
-            f"{framework} trains in {processes} processes here; a Weavelet steers one. Train in one process, or take "
-            "the Weavelet out: steered by halves, the processes would come to have different models."
+            f"{framework} trains in {processes} processes here, but the Weavelet knows of {weavelet.world_size}: it "
+            "finds the others through torch.distributed, which all of them must have initialised, and not where it was "
+            'made with ranks="alone". Steered by parts, the processes would come to have different models.'
         )

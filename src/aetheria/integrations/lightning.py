@@ -9,7 +9,7 @@ from aetheria.control.desk import Done
 from aetheria.control.knobs import declared
 from aetheria.control.weavelet import Weavelet
 from aetheria.errors import AetheriaError, CommandError, ConfigError, MissingDependencyError
-from aetheria.integrations.common import add_optimizer_knobs, checkpoint_path, must_be_one_process
+from aetheria.integrations.common import add_optimizer_knobs, begin, checkpoint_path
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,6 +27,7 @@ class WeaveletCallback(Callback):  # type: ignore[misc]  # mypy does not look in
 
     A step is one of `trainer.global_step`. A command takes effect at the end of the batch that completed it, behind
     the schedulers; never in the middle of a window of accumulated batches. A snapshot is the Trainer's checkpoint.
+    Where the Trainer trains in several processes, each has this callback, and they do the same at the same step.
 
     Args:
         weavelet: one of your own, with knobs of your own; good for one `fit`. By default each `fit` is a new run.
@@ -52,7 +53,6 @@ class WeaveletCallback(Callback):  # type: ignore[misc]  # mypy does not look in
     # --- what the Trainer calls ------------------------------------------------------------------------------------
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the run folder, declares the knobs, starts."""
-        must_be_one_process(trainer.world_size, "the Trainer")
         weavelet = self._open()
         add_optimizer_knobs(
             weavelet,
@@ -71,13 +71,11 @@ class WeaveletCallback(Callback):  # type: ignore[misc]  # mypy does not look in
         weavelet.register(pl_module)
         if getattr(trainer, "datamodule", None) is not None:
             weavelet.register(trainer.datamodule)
-        weavelet.action("snapshot")(lambda: self._save(trainer))
+        weavelet.action("snapshot", together=True)(lambda: self._save(trainer))
         weavelet.action("validate", lambda: _check_validate(trainer))(lambda: self._validate_next(trainer))
         weavelet.global_step = self._step = trainer.global_step  # more than 0 where it continues from a checkpoint
         self._told, self._intervals = {}, {}
-        if not weavelet.started:
-            weavelet.register_device(str(trainer.strategy.root_device))
-            weavelet.start()
+        begin(weavelet, trainer.world_size, "the Trainer", trainer.strategy.root_device)
         if weavelet.should_stop:
             _stop(trainer)
 

@@ -8,7 +8,7 @@ from typing import Any
 from aetheria.control.desk import Done
 from aetheria.control.weavelet import Weavelet
 from aetheria.errors import CommandError, ConfigError, MissingDependencyError
-from aetheria.integrations.common import add_optimizer_knobs, must_be_one_process
+from aetheria.integrations.common import add_optimizer_knobs, begin
 
 try:
     from transformers import TrainerCallback
@@ -26,7 +26,8 @@ class WeaveletTrainerCallback(TrainerCallback):  # type: ignore[misc]  # without
         Trainer(..., callbacks=[WeaveletTrainerCallback()])
 
     A step is the Trainer's own: an optimiser step, however many micro-batches it took. A command takes effect after
-    it, when the scheduler has been stepped. A snapshot is the Trainer's checkpoint, in its `output_dir`.
+    it, when the scheduler has been stepped. A snapshot is the Trainer's checkpoint, in its `output_dir`. Where the
+    Trainer trains in several processes, each has this callback, and they do the same at the same step.
 
     Args:
         weavelet: one of your own, with knobs of your own; good for one `train`. By default each `train` is a new run.
@@ -53,7 +54,6 @@ class WeaveletTrainerCallback(TrainerCallback):  # type: ignore[misc]  # without
     # --- what the Trainer calls ------------------------------------------------------------------------------------
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Makes the run folder, declares the knobs, starts."""
-        must_be_one_process(args.world_size, "the Trainer")
         self._args, self._state, self._control = args, state, control
         weavelet = self._open()
         scheduler = parts.get("lr_scheduler")
@@ -68,9 +68,7 @@ class WeaveletTrainerCallback(TrainerCallback):  # type: ignore[misc]  # without
         weavelet.action("snapshot")(self._save_next)
         weavelet.action("validate", self._check_validate)(self._evaluate_next)
         weavelet.global_step = state.global_step  # more than 0 where it continues from a checkpoint
-        if not weavelet.started:
-            weavelet.register_device(str(args.device))
-            weavelet.start()
+        begin(weavelet, args.world_size, "the Trainer", args.device)
         control.should_training_stop = control.should_training_stop or weavelet.should_stop
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -4,6 +4,8 @@ step-00001200/
     model.safetensors   weights by clean names
     state.pt            optimiser, schedulers, loss scaler, callbacks, cursor
     rank-0000.pt        generators and loader state of each rank
+    sharded/            of a run whose ranks hold parts of the weights: these, see `sharded`; model.safetensors is then
+                        there if it was asked for
     manifest.json       what it is, and size and sha256 of every file; written last, sealed with its own sha256
 """
 
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aetheria.core.shards import is_sharded, part_of, whole
 from aetheria.errors import SnapshotDamagedError, SnapshotError, SnapshotVersionError
 
 __all__ = [
@@ -34,7 +37,8 @@ __all__ = [
     "weights_digest",
 ]
 
-FORMAT = 1
+FORMAT = 2
+WHOLE_FORMAT = 1  # of snapshots whose tensors lie in one piece, which older versions can read
 MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 REPLACED = ".replaced-"  # before the name of a snapshot while another one of the same step takes its place
 
@@ -91,7 +95,7 @@ class Manifest:
     tied: dict[str, str] = dataclasses.field(default_factory=dict)
     pinned: bool = False
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    format: int = FORMAT
+    format: int = WHOLE_FORMAT
 
     def encode(self) -> bytes:
         """Returns the file's content: sorted JSON whose key "seal" is the sha256 of the rest."""
@@ -138,10 +142,13 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Returns the sha256, in hexadecimal, over the names, dtypes, shapes and bytes of weights, sorted by name."""
+    """Returns the sha256, in hexadecimal, over the names, dtypes, shapes and bytes of weights, sorted by name.
+
+    Of sharded weights it is that of the whole ones; every rank asks, at the same time.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().to("cpu")
+        tensor = whole(tensors[name].detach()).to("cpu")
         digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         if tensor.numel():
             digest.update(tensor_bytes(tensor))
@@ -169,7 +176,9 @@ def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     for name, tensor in tensors.items():
         if not tensor.numel():
             continue
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        # The part of a sharded tensor may be empty, and then lies nowhere; the memory that it was cut from does not.
+        address = part_of(tensor).untyped_storage().data_ptr() if is_sharded(tensor) else tensor.data_ptr()
+        place = (tensor.device, address, tensor.dtype, tuple(tensor.shape), tensor.stride())
         owner = owners.setdefault(place, name)
         if owner != name:
             tied[name] = owner

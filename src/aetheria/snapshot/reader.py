@@ -7,14 +7,26 @@ import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from aetheria.errors import SnapshotDamagedError
-from aetheria.snapshot.format import MANIFEST, MODEL, REPLACED, STATE, Manifest, rank_file, weights_digest
+from aetheria.snapshot.format import (
+    MANIFEST,
+    MODEL,
+    REPLACED,
+    STATE,
+    WHOLE_FORMAT,
+    Manifest,
+    rank_file,
+    weights_digest,
+)
+
+if TYPE_CHECKING:
+    from aetheria.snapshot.sharded import Place
 
 __all__ = ["Snapshot", "list_snapshots", "newest_good"]
 
@@ -65,14 +77,38 @@ class Snapshot:
         if problems:
             raise SnapshotDamagedError(f"{self.path} is damaged: {'; '.join(problems)}.")
 
-    def weights(self) -> dict[str, Tensor]:
-        """Returns the model's tensors by clean names, tied ones included, in host memory."""
-        tensors = safetensors.torch.load_file(self.path / MODEL)
+    @property
+    def sharded(self) -> bool:
+        """Whether its tensors lie in the parts in which ranks held them."""
+        return self.manifest.format > WHOLE_FORMAT
+
+    def weights(self, place: Place | None = None) -> dict[str, Tensor]:
+        """Returns the model's tensors by clean names, tied ones included, in host memory.
+
+        Args:
+            place: `place(name, shape, dtype)` returns what a tensor is read into, for instance this rank's part of it.
+        """
+        if place is None and MODEL in self.manifest.files:
+            tensors = safetensors.torch.load_file(self.path / MODEL)
+        else:
+            from aetheria.snapshot.sharded import WEIGHTS, ShardFiles  # noqa: PLC0415 - a second of imports
+
+            tensors = ShardFiles(self.path / WEIGHTS if self.sharded else self.path).read(place)
         return tensors | {alias: tensors[owner] for alias, owner in self.manifest.tied.items()}
 
-    def state(self) -> dict[str, Any]:
-        """Returns optimiser, schedulers, scaler, callbacks, cursor and loop."""
-        return self._load(STATE)
+    def state(self, place: Place | None = None) -> dict[str, Any]:
+        """Returns optimiser, schedulers, scaler, callbacks, cursor and loop.
+
+        Args:
+            place: as for `weights`, for the tensors that were sharded; by the way to them, as "optimizer/state/0/step".
+        """
+        state = self._load(STATE)
+        if self.sharded:
+            from aetheria.snapshot.sharded import STATE_TENSORS, ShardFiles, put_back  # noqa: PLC0415
+
+            if (folder := self.path / STATE_TENSORS).is_dir():
+                state = put_back(state, ShardFiles(folder).read(place))
+        return state
 
     def rank_state(self, rank: int = 0) -> dict[str, Any]:
         """Returns a rank's generators and loader state."""

@@ -14,17 +14,20 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Event
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from aetheria.core.shards import is_sharded, part_of
 from aetheria.errors import SnapshotError
 from aetheria.runs import fsync_directory
 from aetheria.snapshot.format import (
+    FORMAT,
     MANIFEST,
     MODEL,
     REPLACED,
@@ -36,6 +39,9 @@ from aetheria.snapshot.format import (
     rank_file,
     weights_digest,
 )
+
+if TYPE_CHECKING:
+    from aetheria.snapshot.sharded import Team
 
 __all__ = ["SnapshotContent", "SnapshotWriter", "encode_state"]
 
@@ -54,6 +60,7 @@ class SnapshotContent:
         state: optimiser, schedulers, scaler, callbacks, cursor, loop.
         rank_state: generators, metric sums and loader state of this rank.
         others: the same of the ranks after it, as `encode_state` returns them.
+        consolidate: whether sharded weights are also written in one piece, as `model.safetensors`.
     """
 
     manifest: Manifest
@@ -61,6 +68,7 @@ class SnapshotContent:
     state: dict[str, Any]
     rank_state: dict[str, Any]
     others: Sequence[bytes] = ()
+    consolidate: bool = False
 
 
 _Visit = Callable[[Tensor, _Place], Any]
@@ -86,6 +94,7 @@ class _Staging:
         wanted: list[tuple[_Place, torch.Size, torch.dtype, bool]] = []
 
         def note(tensor: Tensor, place: _Place) -> None:
+            tensor = part_of(tensor)
             if tensor.layout is torch.strided and tensor.nbytes >= LARGE:
                 wanted.append((place, tensor.shape, tensor.dtype, tensor.device.type == "cuda"))
 
@@ -104,6 +113,8 @@ class _Staging:
         return get
 
     def _copied(self, tensor: Tensor, place: _Place) -> Tensor:
+        if is_sharded(tensor):
+            return _like(tensor, self._copied(part_of(tensor), place))
         if tensor.layout is not torch.strided:  # sparse: of another size each time
             return tensor.detach().to("cpu", copy=True)
         buffer = self._buffers.get(place)
@@ -113,6 +124,18 @@ class _Staging:
         self._used.add(place)
         buffer.copy_(tensor.detach(), non_blocking=True)
         return buffer
+
+
+def _like(sharded: Any, part: Tensor) -> Tensor:
+    """Returns a copy of this rank's part as a sharded tensor in host memory."""
+    layout = {"shape": sharded.shape, "stride": sharded.stride(), "run_check": False}
+    mesh = _in_host_memory(sharded.device_mesh)
+    return cast("Tensor", type(sharded).from_local(part, mesh, sharded.placements, **layout))
+
+
+@lru_cache(maxsize=8)
+def _in_host_memory(mesh: Any) -> Any:
+    return mesh if mesh.device_type == "cpu" else type(mesh)("cpu", mesh.mesh)
 
 
 def _mapped(content: SnapshotContent, visit: _Visit) -> SnapshotContent:
@@ -125,6 +148,7 @@ def _mapped(content: SnapshotContent, visit: _Visit) -> SnapshotContent:
         _tree(plain(content.state, "state"), ("state",), visit),
         _tree(plain(content.rank_state, "rank"), ("rank",), visit),
         content.others,
+        content.consolidate,
     )
 
 
@@ -147,6 +171,8 @@ class SnapshotWriter:
         before_commit: called on the thread when everything but the rename is done; what it makes durable (the
             metrics) is never behind the snapshot.
         committed: called on the thread once the snapshot is durable.
+        team: the ranks that write it together, where each holds a part. All but the first one write their parts, and
+            leave the rest to it.
     """
 
     def __init__(
@@ -155,8 +181,10 @@ class SnapshotWriter:
         synchronize: Callable[[], None] = lambda: None,
         before_commit: Callable[[], object] = lambda: None,
         committed: Callable[[Path], object] = lambda _: None,
+        team: Team | None = None,
     ) -> None:
         self.folder = folder
+        self._team = team
         self._synchronize = synchronize
         self._before_commit = before_commit
         self._committed = committed
@@ -187,7 +215,8 @@ class SnapshotWriter:
             self._reserving.result()
             self._reserving = None
         staged = self._staging.copy(content, self._synchronize)
-        self._saving = self._thread.submit(self._write, staged)
+        write = self._write if self._team is None else partial(self._write_together, self._team)
+        self._saving = self._thread.submit(write, staged)
 
     def finished(self) -> Path | None:
         """Returns the snapshot that has become durable since the last call, if any; never waits.
@@ -220,30 +249,52 @@ class SnapshotWriter:
             elif path.name.startswith((WRITING, REMOVING, REPLACED)):
                 shutil.rmtree(path)
 
+    def _write_together(self, team: Team, content: SnapshotContent) -> Path:
+        """Writes with the other ranks; returns on every rank when it is durable, or raises on every rank."""
+        path, failure = self.folder, ""
+        try:
+            path = self._write(content)
+        except SnapshotError as error:
+            failure = str(error)
+        try:
+            said = [part.decode() for part in team.gather(failure.encode())]
+        except RuntimeError as error:
+            raise SnapshotError(failure or f"the snapshot was not written: a rank is gone ({error}).") from error
+        if failure := failure or next(filter(None, said), ""):
+            raise SnapshotError(failure)
+        return path
+
     def _write(self, content: SnapshotContent) -> Path:
         name = folder_name(content.manifest.step)
         temporary, final = self.folder / f"{WRITING}{name}", self.folder / name
+        leads = self._team is None or self._team.rank == 0
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            files = {
-                MODEL: _write_weights(temporary / MODEL, content.weights),
-                STATE: _write_state(temporary / STATE, content.state),
-                rank_file(0): _write_state(temporary / rank_file(0), content.rank_state),
-            }
-            for rank, state in enumerate(content.others, 1):
-                files[rank_file(rank)] = _write_bytes(temporary / rank_file(rank), state)
-            named = {name: content.weights[name] for name in content.weights}
-            named |= {alias: content.weights[owner] for alias, owner in content.manifest.tied.items()}
-            manifest = dataclasses.replace(content.manifest, files=files, digest=weights_digest(named))
+            if self._team is None:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                files, state = {MODEL: _write_weights(temporary / MODEL, content.weights)}, content.state
+                named = content.weights | {
+                    alias: content.weights[owner] for alias, owner in content.manifest.tied.items()
+                }
+                manifest = dataclasses.replace(content.manifest, digest=weights_digest(named))
+            else:
+                files, state, manifest = self._write_parts(self._team, temporary, content)
+                if not leads:
+                    return final
+            files[STATE] = _write_state(temporary / STATE, state)
+            files[rank_file(0)] = _write_state(temporary / rank_file(0), content.rank_state)
+            for rank, encoded in enumerate(content.others, 1):
+                files[rank_file(rank)] = _write_bytes(temporary / rank_file(rank), encoded)
+            manifest = dataclasses.replace(manifest, files=files)
             with (temporary / MANIFEST).open("wb") as file:
                 file.write(manifest.encode())
                 _fsync(file)
             fsync_directory(temporary)
             self._before_commit()
             _put_in_place(temporary, final)
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except (OSError, RuntimeError, SnapshotError, safetensors.SafetensorError) as error:
+            if leads:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise SnapshotError(self._explain(final, content, error)) from error
         try:
             self._committed(final)
@@ -254,8 +305,26 @@ class SnapshotWriter:
             ) from error
         return final
 
+    @staticmethod
+    def _write_parts(
+        team: Team, temporary: Path, content: SnapshotContent
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any], Manifest]:
+        """Writes this rank's parts; on the first rank, looks at all of them when they are there."""
+        from aetheria.snapshot import sharded  # noqa: PLC0415 - a second of imports
+
+        state, tensors = sharded.taken_out(content.state)
+        files = sharded.write_shards(team, temporary, content.weights, tensors)
+        if team.rank != 0:
+            return files, state, content.manifest
+        tied, written = content.manifest.tied, sharded.ShardFiles(temporary / sharded.WEIGHTS)
+        if content.consolidate:
+            files[MODEL] = sharded.write_whole(temporary / MODEL, written)
+        digest = weights_digest(sharded.WithAliases(written, tied))
+        return files, state, dataclasses.replace(content.manifest, digest=digest, format=FORMAT)
+
     def _explain(self, final: Path, content: SnapshotContent, error: Exception) -> str:
-        needed = sum(tensor.nbytes for tensor in [*content.weights.values(), *_tensors_of(content.state)])
+        tensors = [*content.weights.values(), *_tensors_of(content.state)]
+        needed = sum(part_of(tensor).nbytes for tensor in tensors)
         try:
             free = shutil.disk_usage(self.folder).free
         except OSError:

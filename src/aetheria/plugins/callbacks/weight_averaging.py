@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from aetheria.core import AetherModel, Callback
+from aetheria.core.shards import cut_like
 from aetheria.errors import ConfigError, SnapshotMismatchError
 from aetheria.plugins.callbacks._run import total_steps
 from aetheria.registry import Registry
@@ -67,6 +68,7 @@ class _WeightAverage(Callback):
             self._other = self._placed_like_the_model(self._other)
         if self._exchanged:
             self._exchange()
+            self._exchanged = False
 
     def _placed_like_the_model(self, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
         if loaded.keys() != self._current.keys():
@@ -76,7 +78,10 @@ class _WeightAverage(Callback):
                 "only. Resume with the model that was trained."
             )
         # Copies even where nothing moves: what was loaded belongs to whoever loaded it.
-        return {name: torch.empty_like(tensor).copy_(loaded[name]) for name, tensor in self._current.items()}
+        return {
+            name: torch.empty_like(tensor).copy_(cut_like(loaded[name], tensor))
+            for name, tensor in self._current.items()
+        }
 
     @torch.no_grad()
     def on_batch_end(self, batch_idx: int, metrics: dict[str, Tensor]) -> None:
