@@ -38,6 +38,13 @@ def pytest_configure(config: pytest.Config) -> None:
     logger.add(lambda line: sys.stderr.write(line), colorize=False)  # noqa: PLW0108
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves coverage to the unit tests: it costs half the time again, and does not see what other processes do."""
+    for item in items:
+        if "unit" not in item.path.relative_to(Path(__file__).parent).parts:
+            item.add_marker("no_cover")
+
+
 @pytest.fixture(autouse=True)
 def _on_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Isolates a test: registered names, threads, the settings of torch and the current directory."""
@@ -52,5 +59,5 @@ def _on_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.chdir(directory)
     left = [thread for thread in threading.enumerate() if thread.name.startswith("aetheria-")]
     for thread in left:
-        thread.join(5.0)  # one that is just ending
+        thread.join(30.0)  # one that is just ending
     assert not any(thread.is_alive() for thread in left), f"threads left behind: {left}"

@@ -16,7 +16,7 @@ def freeze(pid: int | None) -> None:
     """Stops a process with SIGSTOP, and returns when the last of its threads has stopped."""
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 60.0
     while {_state(task) for task in Path(f"/proc/{pid}/task").iterdir()} != {"T"}:
         assert time.monotonic() < deadline, f"process {pid} does not stop"
         time.sleep(0.001)

@@ -18,7 +18,7 @@ TRAINER = Path(__file__).with_name("hub_trainer.py")
 Value = TypeVar("Value")
 
 
-def wait_for(condition: Callable[[], Value], what: str, seconds: float = 20.0) -> Value:
+def wait_for(condition: Callable[[], Value], what: str, seconds: float = 60.0) -> Value:
     """Returns what the condition returns as soon as that is true."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -73,12 +73,12 @@ class HubProcess:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
     def end(self) -> None:
         """Ends it, and the message server that it may have left behind when it was killed."""
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(60)
         with suppress(FileNotFoundError, ProcessLookupError, ValueError):
             os.kill(int((self.folder / "nats" / "nats.pid").read_text()), signal.SIGKILL)
 
@@ -106,5 +106,5 @@ def running_trainer(hub: HubProcess, name: str = "digits") -> Iterator[str]:
         yield process.stdout.readline().strip()
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
         process.stdout.close()

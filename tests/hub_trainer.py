@@ -110,7 +110,7 @@ class Trainer:
                     self.recorder.metrics({"loss": loss}, self.step)
                     batch = MetricBatch(points=[(0.0, self.step, {"loss": loss})])
                     self.reports.put_nowait(("metric", encode_metrics(batch), ""))
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(30.0):
             while not self.reports.empty():
                 await asyncio.sleep(0.02)
         await asyncio.sleep(0.1)

@@ -1,7 +1,7 @@
 """Kill a run at random instants, again and again, and continue it: the weights must be those of a run left alone.
 
 Lives are forked from this process, which has torch imported already, so that a hundred of them take a minute. How many
-kills: the environment variable AETHERIA_CHAOS_KILLS (`make chaos` sets 120).
+kills: the environment variable AETHERIA_CHAOS_KILLS (`make chaos` sets 100).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from aetheria.orchestrator import Orchestrator
 from aetheria.runs import RunFolder, find_runs
 from aetheria.snapshot import list_snapshots
 
-KILLS = int(os.environ.get("AETHERIA_CHAOS_KILLS", "20"))
+KILLS = int(os.environ.get("AETHERIA_CHAOS_KILLS", "8"))
 LIVES_WITHOUT_PROGRESS = 25
 STEPS, VALIDATION = 0, 1
 

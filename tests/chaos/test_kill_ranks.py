@@ -24,7 +24,7 @@ from aetheria.data import LoaderDataModule
 from aetheria.runs import find_runs
 from aetheria.snapshot import list_snapshots
 
-KILLS = int(os.environ.get("AETHERIA_CHAOS_RANK_KILLS", "3"))
+KILLS = int(os.environ.get("AETHERIA_CHAOS_RANK_KILLS", "2"))
 
 
 class Model(AetherModel):
@@ -41,28 +41,32 @@ class Model(AetherModel):
         return OptimizerPlan(optimizer, [Schedule(torch.optim.lr_scheduler.StepLR(optimizer, 20, 0.9), "step")])
 
 
-def train(runs_dir: str, steps: int) -> str:
+def train(runs_dir: str, steps: int, accelerator: str) -> str:
     samples = TensorDataset(torch.randn(210, 8, generator=torch.Generator().manual_seed(2)))
     # Whole batches only: a batch norm cannot do with one sample, and a short last row is shared by all ranks.
     loader = DataLoader(samples, batch_size=4, shuffle=True, drop_last=True)
     data = LoaderDataModule(loader, DataLoader(samples, batch_size=16))
     config = TrainingConfig(
         max_steps=steps, grad_accumulation_steps=2, runs_dir=Path(runs_dir), live="off", log_every=3,
-        snapshots=SnapshotsConfig(every_steps=7),
+        snapshots=SnapshotsConfig(every_steps=7), accelerator=accelerator,
     )  # fmt: skip
     torch.manual_seed(0)
     return Orchestrator(Model(), data, config).run("auto").digest
 
 
-@pytest.mark.parametrize("count", [2, 3] if KILLS > 3 else [3])
-def test_killed_ranks_end_at_the_same_weights(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "accelerator"), [(3, "auto"), (2, "fsdp"), *([(2, "auto"), (3, "fsdp")] if KILLS > 3 else [])]
+)
+def test_killed_ranks_end_at_the_same_weights(tmp_path: Path, count: int, accelerator: str) -> None:
     steps = 60 + 40 * KILLS
-    (expected, *others) = run_ranks(count, train, str(tmp_path / "whole"), steps, AETHERIA_LAUNCH_ID="whole")
+    (expected, *others) = run_ranks(
+        count, train, str(tmp_path / "whole"), steps, accelerator, AETHERIA_LAUNCH_ID="whole"
+    )
     assert others == [expected] * (count - 1)
     chance = random.Random(count)
     killed, without_progress, reached = 0, 0, -1
     while killed < KILLS:
-        ranks = launch(count, train, str(tmp_path / "killed"), steps, AETHERIA_LAUNCH_ID="killed")
+        ranks = launch(count, train, str(tmp_path / "killed"), steps, accelerator, AETHERIA_LAUNCH_ID="killed")
         time.sleep(chance.uniform(0.3, 1.5))
         doomed = ranks if chance.random() < 0.3 else [chance.choice(ranks)]
         for rank in doomed:
@@ -77,7 +81,7 @@ def test_killed_ranks_end_at_the_same_weights(tmp_path: Path, count: int) -> Non
         without_progress = 0 if now > reached else without_progress + 1
         reached = max(now, reached)
         assert without_progress < 30, "lives that make no progress"
-    found = run_ranks(count, train, str(tmp_path / "killed"), steps, AETHERIA_LAUNCH_ID="killed")
+    found = run_ranks(count, train, str(tmp_path / "killed"), steps, accelerator, AETHERIA_LAUNCH_ID="killed")
     assert found == [expected] * count
     assert len(find_runs(tmp_path / "killed")) == 1
 

@@ -39,8 +39,8 @@ from aetheria.replay import replay_run
 from aetheria.runs import RunFolder, find_runs
 from aetheria.snapshot import list_snapshots
 
-KILLS = int(os.environ.get("AETHERIA_CHAOS_STEERED_KILLS", "12"))
-DEADLINE = 120.0  # seconds that anything may take
+KILLS = int(os.environ.get("AETHERIA_CHAOS_STEERED_KILLS", "6"))
+DEADLINE = 300.0  # seconds that anything may take
 
 torch.optim.SGD([torch.zeros(1)], lr=0.1)  # imports torch's compiler, which not every life shall do
 

@@ -235,7 +235,7 @@ def test_resuming_from_a_newer_format(tmp_path: Path) -> None:
     newest = list_snapshots(done.folder / "snapshots")[-1]
     fields = {name: value for name, value in vars(newest.manifest).items() if name != "format"}
     (newest.path / "manifest.json").write_bytes(Manifest(**fields, format=99).encode())
-    with pytest.raises(SnapshotVersionError, match=r"format 99; this version of Aetheria reads up to 1. Upgrade"):
+    with pytest.raises(SnapshotVersionError, match=r"format 99; this version of Aetheria reads up to 2. Upgrade"):
         train(tmp_path, resume=done.folder)
 
 

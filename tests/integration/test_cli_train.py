@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from tests.warm import WarmProcess
 from typer.testing import CliRunner
 
 from aetheria.cli import app
@@ -18,7 +19,7 @@ from aetheria.orchestrator import Orchestrator  # noqa: F401 - so that its devic
 from aetheria.registry import Registry
 from aetheria.snapshot import list_snapshots
 
-DEADLINE = 120.0  # seconds after which something is not slow but stuck
+DEADLINE = 600.0  # seconds after which something is not slow but stuck
 MODEL = """
 import signal
 import time
@@ -88,6 +89,11 @@ def project(tmp_path, monkeypatch):
 
 
 def start(*arguments):
+    return WarmProcess(["-m", "aetheria", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def start_cold(*arguments):
+    """Starts a Python that has imported nothing yet."""
     return subprocess.Popen(
         [sys.executable, "-m", "aetheria", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -108,7 +114,7 @@ def wait_for(condition, process):
     """Returns the condition's value as soon as it is true."""
     deadline = time.monotonic() + DEADLINE
     while not (value := condition()):
-        if isinstance(process, subprocess.Popen):
+        if isinstance(process, WarmProcess):
             assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.01)
@@ -141,7 +147,7 @@ def continue_command(output):
 
 
 def test_a_configuration_is_trained_and_what_to_type_next_is_said(project):
-    code, output, errors = finish(start("train", "config.yaml"))
+    code, output, errors = finish(start_cold("train", "config.yaml"))
     assert code == 0, errors
     run = the_run()
     assert told(run)["status"] == "completed"
@@ -251,7 +257,7 @@ def test_a_wrong_configuration_is_refused_before_torch_is_imported(project):
 
 
 def test_a_model_that_raises_is_shown_with_its_own_traceback(project):
-    code, output, errors = finish(start("train", "config.yaml", "--set", "model_params.behaviour=raise"))
+    code, output, errors = finish(start_cold("train", "config.yaml", "--set", "model_params.behaviour=raise"))
     assert (code, output) == (1, "")
     assert errors.rstrip().endswith("ZeroDivisionError: on purpose")
     line = MODEL.splitlines().index('            raise ZeroDivisionError("on purpose")') + 1

@@ -22,7 +22,7 @@ with warnings.catch_warnings():
 
 from aetheria import TrainingStopped, Weavelet, controllable
 from aetheria.errors import ConfigError, MissingDependencyError
-from aetheria.integrations.common import must_be_one_process
+from aetheria.integrations.common import begin
 from aetheria.loom.reader import RunReader
 from aetheria.protocol import AnyCommand, command_of
 from scripted import journalled, scripted, set_, status_of, weights
@@ -221,9 +221,11 @@ def test_knobs_that_come_after_the_start_are_told(tmp_path: Path) -> None:
         assert told["values"].keys() >= {"learning_rate", "scale", "replica_id"}
 
 
-def test_several_processes_are_refused() -> None:
-    with pytest.raises(ConfigError, match="Accelerate trains in 2 processes here; a Weavelet steers one"):
-        must_be_one_process(2, "Accelerate")
+def test_processes_that_the_weavelet_cannot_find_are_refused(tmp_path: Path) -> None:
+    weavelet, _ = scripted(tmp_path, {})
+    with pytest.raises(ConfigError, match="Accelerate trains in 2 processes here, but the Weavelet knows of 1"):
+        begin(weavelet, 2, "Accelerate", "cpu")
+    assert status_of(weavelet) == "failed"
 
 
 @pytest.mark.parametrize("name", ["lightning", "transformers", "accelerate"])

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.warm import run_warm
 
 from aetheria.loom.reader import RunReader
 
@@ -36,7 +37,8 @@ def test_the_line_changes_nothing_and_leaves_a_run(tmp_path: Path, capsys: pytes
     source = shortened(SCRIPT.read_text())
     added = [line for line in source.splitlines() if re.search(r"\bWeavelet\b|\bweavelet\b", line)]
     assert len(added) == 2  # an import, and the line
-    with_it = start(tmp_path, source)
+    (tmp_path / "plain.py").write_text(source)
+    with_it = run_warm(["plain.py"], cwd=tmp_path)
     assert with_it.returncode == 0, with_it.stderr
     exec("\n".join(line for line in source.splitlines() if line not in added), {"__name__": "__main__"})
     assert with_it.stdout == capsys.readouterr().out

@@ -1,8 +1,6 @@
 """`aetheria predict`: from any kind of file to any other, and what it refuses."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import typer
+from tests.warm import run_warm
 from typer.testing import CliRunner
 
 from aetheria import AetherModel, Orchestrator, Predictor, Registry, TrainingConfig
@@ -117,18 +116,8 @@ def test_from_the_command_line_of_a_fresh_process(folder, expected, tmp_path):
     moved = tmp_path / "moved"
     folder.rename(moved)
     try:
-        command = [
-            sys.executable,
-            "-m",
-            "aetheria",
-            "predict",
-            "moved",
-            "--input",
-            write("in.npy"),
-            "--output",
-            "o.npy",
-        ]
-        subprocess.run(command, check=True, capture_output=True)
+        done = run_warm(["-m", "aetheria", "predict", "moved", "--input", write("in.npy"), "--output", "o.npy"])
+        assert done.returncode == 0, done.stderr
     finally:
         moved.rename(folder)
     np.testing.assert_allclose(np.load("o.npy"), expected, atol=1e-6)

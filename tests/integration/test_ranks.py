@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from aetheria import AetherModel, Callback, Orchestrator, TrainingConfig
 from aetheria.core import AetherDataModule
+from aetheria.core.shards import whole
 from aetheria.runs import RunFolder
 from aetheria.snapshot import list_snapshots
 from aetheria.snapshot.format import model_tensors
@@ -68,7 +69,7 @@ def train(runs_dir: str, micro: int, accumulation: int, options: dict[str, Any])
         | options
     )
     result = Orchestrator(model, data, config).run(resume)
-    tensors = {name: tensor.tolist() for name, tensor in model_tensors(model)[0].items()}
+    tensors = {name: whole(tensor).tolist() for name, tensor in model_tensors(model)[0].items()}
     return {"weights": tensors, "metrics": result.metrics, "step": result.global_step, "folder": str(result.folder),
             "digest": result.digest, "status": result.status}  # fmt: skip
 
@@ -121,6 +122,32 @@ def test_any_split_of_a_global_batch_trains_the_same(tmp_path: Path) -> None:
         assert_close(result, found[1, 12, 1, weighted])
 
 
+class Embedded(Model):
+    """With gradients that are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, FEATURES, sparse=True).double()
+
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        features, target, tokens = batch
+        return super().training_step((features + self.table(tokens.long()), target, tokens))
+
+
+def embedded(runs_dir: str, micro: int) -> dict[str, list[Any]]:
+    torch.manual_seed(0)
+    model = Embedded()
+    Orchestrator(model, Data(micro), TrainingConfig(epochs=2, runs_dir=Path(runs_dir), live="off")).run()
+    return {name: tensor.tolist() for name, tensor in model_tensors(model)[0].items()}
+
+
+def test_sparse_gradients_are_added_up_too(tmp_path: Path) -> None:
+    (alone,) = run_ranks(1, embedded, str(tmp_path / "1"), 12)
+    for found in run_ranks(2, embedded, str(tmp_path / "2"), 6):
+        for name, values in alone.items():
+            torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), rtol=0, atol=1e-12)
+
+
 # --- another number of ranks -----------------------------------------------------------------------------------------
 def stop_early(runs_dir: str, micro: int, at: int) -> dict[str, Any]:
     class Stop(Callback):
@@ -169,7 +196,7 @@ class Poisoned(Model):
         return outputs
 
 
-def poisoned(runs_dir: str) -> dict[str, Any]:
+def poisoned(runs_dir: str, accelerator: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Poisoned()
     events: list[Any] = []
@@ -178,13 +205,14 @@ def poisoned(runs_dir: str) -> dict[str, Any]:
         def on_event(self, event: Any) -> None:
             events.append((event.kind, dict(event.data)))
 
-    config = TrainingConfig(epochs=1, log_every=2, runs_dir=Path(runs_dir), live="off")
+    config = TrainingConfig(epochs=1, log_every=2, runs_dir=Path(runs_dir), live="off", accelerator=accelerator)
     result = Orchestrator(model, Data(6), config, callbacks=[Listener()]).run()
     return {"digest": result.digest, "events": events, "metrics": result.metrics, "step": result.global_step}
 
 
-def test_a_nan_on_one_rank_drops_the_window_on_all(tmp_path: Path) -> None:
-    found = run_ranks(2, poisoned, str(tmp_path))
+@pytest.mark.parametrize("accelerator", ["auto", "fsdp"])
+def test_a_nan_on_one_rank_drops_the_window_on_all(tmp_path: Path, accelerator: str) -> None:
+    found = run_ranks(2, poisoned, str(tmp_path), accelerator)
     assert found[0]["digest"] == found[1]["digest"]
     assert [each["step"] for each in found] == [4, 4]
     for each in found:
@@ -252,9 +280,15 @@ def uneven(runs_dir: str) -> None:
     ).run()
 
 
+def rounded(runs_dir: str) -> None:
+    options = {"accelerator_params": {"compress": "bf16"}}
+    Orchestrator(Model(), Data(2), TrainingConfig(epochs=1, runs_dir=Path(runs_dir), live="off", **options)).run()
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (rounded, "compress: bf16 is not among what gloo adds up on a CPU. Write compress: fp16"),
         (unlike, "rank 1 is about to train something else than rank 0: seed is 1 there, 0 here"),
         (too_small, "batch_size 20 x 3 ranks = 60 is larger than the data: train_dataloader has 50 samples"),
         (uneven, "global_batch_size: found 7, expected a multiple of 3"),

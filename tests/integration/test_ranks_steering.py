@@ -123,7 +123,7 @@ class Operator(Callback):
         return command_of("ping", {}, dry_run=self.chance.random() < 0.5)
 
 
-def steer(runs_dir: str, steps: int, seed: int) -> dict[str, Any]:
+def steer(runs_dir: str, steps: int, seed: int, accelerator: str = "auto") -> dict[str, Any]:
     Registry.register_model("ranked")(Model)
     Registry.register_data("ranked")(Data)
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def steer(runs_dir: str, steps: int, seed: int) -> dict[str, Any]:
     operator = Operator(line, seed)
     config = TrainingConfig(
         max_steps=steps, runs_dir=Path(runs_dir), log_every=50, live="off", model_name="ranked", data_name="ranked",
-        batch_size=2,
+        batch_size=2, accelerator=accelerator,
     )  # fmt: skip
     run = Orchestrator(Model(), Data(), config, callbacks=[operator], line=line)
     outcomes: list[Any] = []
@@ -149,9 +149,9 @@ def steer(runs_dir: str, steps: int, seed: int) -> dict[str, Any]:
     return {"outcomes": outcomes, "digest": result.digest, "healthy": healthy, "folder": str(result.folder)}
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_every_rank_does_the_same_at_the_same_step(tmp_path: Path, ranks: int) -> None:
-    found = run_ranks(ranks, steer, str(tmp_path), STEPS, ranks)
+@pytest.mark.parametrize(("ranks", "accelerator"), [(2, "fsdp"), (3, "auto")])
+def test_every_rank_does_the_same_at_the_same_step(tmp_path: Path, ranks: int, accelerator: str) -> None:
+    found = run_ranks(ranks, steer, str(tmp_path), STEPS, ranks, accelerator)
     first = found[0]
     assert all(each["digest"] == first["digest"] for each in found)
     assert first["healthy"]

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.warm import WarmProcess, run_warm
 
 README = Path(__file__).parents[2] / "README.md"
+DEADLINE = 600.0  # seconds after which something is not slow but stuck
 
 
 def blocks(language: str) -> list[str]:
@@ -40,26 +42,33 @@ class Reader:
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(block)
 
-    def start(self, command: str) -> subprocess.Popen[str]:
+    def start(self, command: str) -> WarmProcess:
         """Starts a command line that begins with `aetheria`."""
+        return WarmProcess(self.arguments(command), cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def arguments(self, command: str) -> list[str]:
+        """Returns what Python is given for a command line."""
         words = shlex.split(command.partition(" #")[0])
         assert words[0] == "aetheria", command
-        command_line = [sys.executable, "-m", *words]
-        return subprocess.Popen(
-            command_line, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        return ["-m", *words]
 
     def type(self, command: str) -> str:
         """Runs a command to its end and returns what it wrote."""
         with self.start(command) as process:
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=DEADLINE)
         assert process.returncode == 0, output
         return output
+
+    def type_cold(self, command: str) -> None:
+        """Runs a command to its end with a Python that has imported nothing yet, as somebody's first one."""
+        line = [sys.executable, *self.arguments(command)]
+        done = subprocess.run(line, cwd=self.folder, capture_output=True, text=True, check=False, timeout=DEADLINE)
+        assert done.returncode == 0, done.stderr
 
     def try_to_type(self, command: str) -> str:
         """Runs a command that may not work yet, and returns what it wrote."""
         with self.start(command) as process:
-            return process.communicate(timeout=60)[0]
+            return process.communicate(timeout=DEADLINE)[0]
 
     def type_and_kill(self, command: str) -> None:
         """Runs a command until its first snapshot is there, and no longer."""
@@ -84,7 +93,7 @@ def test_what_the_readme_shows_works(tmp_path: Path) -> None:
     training, continuing, using, looking, *_ = (commands(block) for block in blocks("console"))
 
     for command in training:
-        reader.type(command)
+        reader.type_cold(command)
     whole = reader.type("aetheria snapshot digest @last").split()[0]
 
     to_be_killed, *after = continuing
@@ -98,7 +107,7 @@ def test_what_the_readme_shows_works(tmp_path: Path) -> None:
 
     (script,) = (block for block in blocks("python") if "Predictor(" in block)
     script = re.sub(r"runs/net-[\w-]+", f"runs/{killed.name}", script)
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_warm(["-c", script], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     read = [int(digit) for digit in re.findall(r"\d", done.stdout)]
     assert len(read) == 5
@@ -125,10 +134,10 @@ def test_what_the_readme_shows_of_steering_works(tmp_path: Path, monkeypatch: py
         outputs = [reader.type(command) for command in steering[:-1]]
         assert re.match(r"learning_rate \S+ -> 0.0001 at step [\d,]+ \(revision 1\)", outputs[0])
         assert "max_grad_norm 1 -> null" in outputs[-2]
-        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = run_warm(["-c", script], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         reader.type(steering[-1])
-        training.communicate(timeout=60)
+        training.communicate(timeout=DEADLINE)
         assert training.returncode == 0
         journal, replay = (reader.type(command) for command in afterwards)
         assert "good enough" in journal
@@ -140,8 +149,8 @@ def test_what_the_readme_shows_of_steering_works(tmp_path: Path, monkeypatch: py
         reader.type("aetheria down")
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
+def wait_for(condition: Callable[[], bool], process: WarmProcess) -> None:
+    deadline = time.monotonic() + DEADLINE
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline

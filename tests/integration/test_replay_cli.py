@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.warm import run_warm
 from typer.testing import CliRunner
 
 from aetheria.cli import app
@@ -129,9 +128,7 @@ def test_the_journal_is_a_table_and_json(run: Path) -> None:
 
 
 def test_the_real_program_finds_the_same_weights(run: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "aetheria", "replay", "@last", "--json"], capture_output=True, text=True, check=False
-    )
+    done = run_warm(["-m", "aetheria", "replay", "@last", "--json"])
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["equal"], found["differs_at"]) == (True, None)

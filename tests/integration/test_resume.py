@@ -159,7 +159,9 @@ def test_stopped_anywhere_and_continued(case: str, tmp_path: Path) -> None:
     whole, _ = train(tmp_path / "whole", kind, schedule, **options)
     assert whole.status == "completed"
     curves = RunReader(whole.folder / "run.db")
-    stops = range(1, whole.global_step) if case == "shuffled" else sorted({1, 3, 8, whole.global_step - 1})
+    # Every place in an epoch, its end, and the first step of the next; elsewhere some of these.
+    places = {*range(1, 10), 16} if case == "shuffled" else {1, 3, 8}
+    stops = sorted(places | {whole.global_step - 1})
     for stop in stops:
         part, _ = train(tmp_path / "parts", kind, schedule, max_steps=stop, **options)
         assert part.global_step == stop
@@ -204,3 +206,16 @@ def test_an_older_snapshot_starts_a_new_run(tmp_path: Path) -> None:
     assert (whole.folder / "run.json").read_bytes() == before
     newest, _ = train(tmp_path, "shuffled", "step", snapshots[-1])
     assert newest.folder == whole.folder
+
+
+def test_another_number_of_threads_is_warned_of(tmp_path: Path) -> None:
+    """It decides in which order sums are added up."""
+    part, _ = train(tmp_path, "shuffled", "step", max_steps=3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        whole, _ = train(tmp_path, "shuffled", "step", part.folder)
+    finally:
+        torch.set_num_threads(before)
+    warnings = [event.message for event in RunReader(whole.folder / "run.db").events("warning")]
+    assert any(f"threads {before} -> {before + 1}. Bits may differ" in warning for warning in warnings), warnings

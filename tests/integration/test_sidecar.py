@@ -101,7 +101,7 @@ class Hub:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
 
     def send(self, command: Ping) -> None:
-        self._do(self._end.publish_command(RUN, encode(command), command.id, timeout=15.0))
+        self._do(self._end.publish_command(RUN, encode(command), command.id, timeout=60.0))
 
     def of(self, kind: str) -> list[bytes]:
         return [data for found, data in list(self.heard) if found == kind]
@@ -172,7 +172,7 @@ def trainer(tmp_path: Path, door: Door) -> Iterator[Trainer]:
     trainer.link.close()
 
 
-def until(condition: Callable[[], object], trainer: Trainer | None = None, seconds: float = 25.0) -> None:
+def until(condition: Callable[[], object], trainer: Trainer | None = None, seconds: float = 60.0) -> None:
     """Waits for a condition; the trainer meanwhile does what it does."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -452,7 +452,7 @@ def test_a_command_that_a_killed_run_did_not_answer_comes_to_its_next_life(
     assert parent.stdout.readline() == "taken\n"
     parent.kill()
     parent.communicate()
-    until(lambda: not is_running(sidecar), seconds=8.0)
+    until(lambda: not is_running(sidecar))
     hub.send(Ping(run=RUN, id="command-1"))
     trainer = Trainer(tmp_path / "run", door.file)
     until(lambda: len(hub.answered()) >= 4, trainer)

@@ -127,7 +127,7 @@ def test_the_web_socket_is_behind_the_same_gate(hub: HubProcess, headers: dict[s
     lines |= {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
     lines |= {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
     request = "GET /api/v1/live HTTP/1.1\r\n" + "".join(f"{key}: {text}\r\n" for key, text in lines.items()) + "\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(request.encode())
         assert connection.recv(4096).split()[1] == str(status).encode()
 
@@ -215,7 +215,7 @@ def test_floods_of_bytes_are_refused_before_they_come(hub: HubProcess, run: str)
     head = f"POST /api/v1/runs/{run}/commands HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
     head += f"Authorization: Bearer {hub.operator}\r\n"
     for length, status in (("Content-Length: 99999999999", b"413"), ("Transfer-Encoding: chunked", b"411")):
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(f"{head}{length}\r\n\r\n".encode())
             assert connection.recv(4096).split()[1] == status
 
@@ -313,7 +313,7 @@ def test_an_outcome_is_waited_for(hub: HubProcess, run: str) -> None:
         assert known["desired"]["learning_rate"] == 0.25
         begun = time.monotonic()
         assert http.get(f"/api/v1/runs/{run}/commands/{uuid.uuid4().hex}", params={"wait": 0.3}).status_code == 404
-        assert time.monotonic() - begun < 5.0
+        assert time.monotonic() - begun < 20.0
 
 
 def test_the_live_feed_is_resumed_where_it_broke(hub: HubProcess, run: str) -> None:

@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import typer
+from tests.warm import run_warm
 from typer.testing import CliRunner
 
 from aetheria.cli.init import TEMPLATES, init
@@ -75,7 +74,5 @@ def test_the_templates_are_part_of_the_package():
 @pytest.mark.slow
 def test_the_projects_own_test_passes(tmp_path):
     run(tmp_path)
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "error"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    result = run_warm(["-m", "pytest", "-q", "-W", "error"], cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -192,7 +192,7 @@ def test_watch_prints_lines_where_there_is_no_terminal_and_ends_at_ctrl_c(proces
 def test_watch_leaves_the_terminal_as_it_was(process: HubProcess, name: str) -> None:
     environment = process.environment | {"TERM": "xterm-256color"}
     terminal = pexpect.spawn(
-        sys.executable, ["-m", "aetheria", "watch", "@last"], env=environment, encoding="utf-8", timeout=20
+        sys.executable, ["-m", "aetheria", "watch", "@last"], env=environment, encoding="utf-8", timeout=120
     )
     terminal.expect("loss")
     terminal.expect("knobs")

@@ -270,7 +270,7 @@ def test_a_wrong_token_is_told_at_once(process: HubProcess) -> None:
     begun = time.monotonic()
     with pytest.raises(HubError, match="The token is wrong"):
         aetheria.connect(token="wrong")
-    assert time.monotonic() - begun < 5.0
+    assert time.monotonic() - begun < 20.0
 
 
 def test_a_viewer_cannot_command(process: HubProcess, run: Run) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aetheria.errors import CommandError
@@ -70,6 +70,7 @@ def test_what_a_replay_must_do_again_is_said_by_the_command() -> None:
     assert {op for op, kind in OPERATIONS.items() if kind.changes_training} == {"set", "stop", "rewind", "validate"}
 
 
+@settings(max_examples=50)  # most of the time goes into inventing them
 @given(values=st.dictionaries(st.text(min_size=1), json_values, min_size=1, max_size=4))
 def test_values_come_back_as_they_were(values: dict[str, Any]) -> None:
     command = decode_command(encode(command_of("set", {"values": values})))

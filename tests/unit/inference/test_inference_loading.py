@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from inference_cases import PLUGIN, Answers, Net, X, train
 from loguru import logger
+from tests.warm import run_warm
 from torch import nn
 
 from aetheria import AetherModel, Predictor, Registry
@@ -83,7 +82,8 @@ def test_a_process_that_knows_nothing_of_the_model_finds_it_beside_the_configura
         "import json, sys; from aetheria import Predictor\n"
         f"print(json.dumps(Predictor({str(folder)!r}).predict({X.tolist()!r}).tolist()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = run_warm(["-c", code], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     with torch.no_grad():
         assert torch.allclose(torch.tensor(json.loads(done.stdout)), model(X), atol=1e-6)
 

@@ -41,7 +41,7 @@ def link(tmp_path: Path) -> Iterator[Link]:
     link.close()
 
 
-def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -94,8 +94,8 @@ def test_without_a_hub_and_a_recorder_nothing_counts_as_undelivered(tmp_path: Pa
     link.metrics(1, {"loss": 1.0})
     until(lambda: sidecar_works(link))
     started = time.monotonic()
-    assert link.close() == 0
-    assert time.monotonic() - started < 3.0
+    assert link.close(timeout=60.0) == 0
+    assert time.monotonic() - started < 30.0  # it did not wait for anything to be delivered
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,7 +222,7 @@ def test_a_sidecar_that_does_not_end_is_killed(link: Link, warnings: list[str]) 
     started = time.monotonic()
     link.metrics(2, {"loss": 1.0})
     assert 1 <= link.close(timeout=0.5) <= 2
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 30.0
     assert not is_running(pid)
     assert any("is killed" in message for message in warnings)
 
@@ -317,8 +317,8 @@ def test_a_forked_process_disturbs_nothing(link: Link, tmp_path: Path) -> None:
     link._region.offer(b"command")
     link.beat(5)
     child.start()
-    assert answers.get(timeout=10) == ([], 0)
-    child.join(10)
+    assert answers.get(timeout=60) == ([], 0)
+    child.join(60)
     assert child.exitcode == 0
     assert link._region.step == 5
     assert link.take() == [b"command"]
@@ -359,7 +359,7 @@ def test_the_sidecar_delivers_and_ends_when_its_parent_is_killed(tmp_path: Path,
     sidecar = int(parent.stdout.readline())
     parent.kill()
     parent.communicate()
-    until(lambda: not is_running(sidecar), seconds=8.0)
+    until(lambda: not is_running(sidecar))
     assert RunReader(tmp_path / "run.db").metric("loss").steps.tolist() == list(range(100))
 
 

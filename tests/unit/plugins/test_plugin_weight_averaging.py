@@ -116,10 +116,16 @@ def through_a_file(state):
     return torch.load(buffer, weights_only=True)
 
 
+def validation(callback):
+    callback.on_validation_start()
+    callback.on_validation_end({})
+
+
+@pytest.mark.parametrize("validate", [False, True])
 @pytest.mark.parametrize("at_the_end", [False, True])
-def test_a_continued_run_is_the_uninterrupted_one(digits, at_the_end):
+def test_a_continued_run_is_the_uninterrupted_one(digits, at_the_end, validate):
     """Interrupted half-way, or ended (the averaged weights lie in the model then) and made longer."""
-    callback = attached(ExponentialMovingAverage(decay=0.8), digits)
+    callback = attached(ExponentialMovingAverage(decay=0.8, validate=validate), digits)
     for _ in range(4):
         step(digits, callback)
     if at_the_end:
@@ -134,8 +140,10 @@ def test_a_continued_run_is_the_uninterrupted_one(digits, at_the_end):
     )
     if at_the_end:
         callback._exchange()  # the same process goes on: the uninterrupted run
+        callback._exchanged = False
     for _ in range(4):
         step(digits, callback)
+        validation(callback)
     callback.on_train_end()
     uninterrupted, other = weights(digits.model), callback.state_dict()["other"]
 
@@ -143,12 +151,13 @@ def test_a_continued_run_is_the_uninterrupted_one(digits, at_the_end):
     digits.model.load_state_dict(snapshot["model"])
     digits.__post_init__()
     digits.optimizer.load_state_dict(snapshot["optimizer"])
-    continued = ExponentialMovingAverage(decay=0.8)
+    continued = ExponentialMovingAverage(decay=0.8, validate=validate)
     continued.load_state_dict(snapshot["callback"])
     attached(continued, digits)
     torch.set_rng_state(snapshot["generator"])
     for _ in range(4):
         step(digits, continued)
+        validation(continued)
     continued.on_train_end()
     assert same(weights(digits.model), uninterrupted)
     assert same(continued.state_dict()["other"], other)

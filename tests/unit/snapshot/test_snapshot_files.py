@@ -230,8 +230,8 @@ def test_a_newer_format_is_not_passed_over(tmp_path: Path) -> None:
     write(tmp_path, {"w": torch.zeros(1)}, 1)
     newest = write(tmp_path, {"w": torch.zeros(1)}, 2)
     fields = {key: value for key, value in vars(newest.manifest).items() if key != "format"}
-    (newest.path / "manifest.json").write_bytes(Manifest(**fields, format=2).encode())
-    with pytest.raises(SnapshotVersionError, match=r"format 2.*reads up to 1.*Upgrade"):
+    (newest.path / "manifest.json").write_bytes(Manifest(**fields, format=3).encode())
+    with pytest.raises(SnapshotVersionError, match=r"format 3.*reads up to 2.*Upgrade"):
         newest_good(tmp_path, lambda _: None)
 
 

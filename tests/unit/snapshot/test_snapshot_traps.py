@@ -101,7 +101,7 @@ states = st.recursive(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)  # most of the time goes into inventing them
 @given(state=st.dictionaries(st.text(), states, max_size=4))
 def test_every_plain_state_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, state: Any) -> None:
     folder = tmp_path_factory.mktemp("state")

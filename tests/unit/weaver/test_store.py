@@ -117,7 +117,7 @@ def test_a_file_of_a_newer_version_and_one_that_is_none_are_refused(tmp_path: Pa
 
 async def take(feed: Feed, count: int, since: int | None = None, run: str | None = None) -> list[Message]:
     found: list[Message] = []
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(30.0):
         follower = feed.follow(since, run)
         async for messages in follower:
             found += messages

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from typer.testing import CliRunner, Result
@@ -24,7 +23,7 @@ from aetheria.errors import LaunchError
 from aetheria.launching import Job, Launch, job_set
 from aetheria.launching.torchrun import threads_each, usable_cores
 
-_SECONDS = 120.0  # for what takes five, on a machine that does ten other things
+_SECONDS = 600.0  # for what takes five, on a machine that does ten other things
 
 WORKER = f"""#!{sys.executable}
 # Stands where Python would that trains: says what it was given, and does what the test wants.
@@ -59,13 +58,13 @@ match os.environ["WORKER_DOES"]:
             if (folder / "rank-0-0.json").exists():
                 sys.exit(7)
             time.sleep(0.02)
-        time.sleep(60)  # until torchrun ends it
+        time.sleep(600)  # until torchrun ends it
     case "wait for a signal":
         received = []
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda number, frame: received.append(number))
         write(f"ready-{{rank}}", said)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not received and time.monotonic() < deadline:
             time.sleep(0.02)
         said["received"] = received
@@ -125,7 +124,7 @@ class Place:
             if process.poll() is None:
                 process.terminate()  # torchrun ends its processes, then itself
                 try:
-                    process.wait(10)
+                    process.wait(60)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -433,6 +432,9 @@ def test_a_slurm_job_that_fails_has_failed(place: Place) -> None:
 
 def complaints(manifest: dict[str, Any]) -> str:
     """Returns what the types of JobSet and Job, generated from their specification, have against a manifest."""
+    # Thousands of types: imported here, and not by every process that only collects the tests.
+    from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+
     try:
         read = JobsetV1alpha2JobSet.from_dict(manifest)
     except ValidationError as error:
