@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -11,6 +12,8 @@ from pathlib import Path
 
 # Before anything is imported that looks at them, and for the processes that tests start, too.
 os.environ |= {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "COLUMNS": "80", "LINES": "25", "NO_COLOR": "1"}
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job; programs would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["AETHERIA_LIVE"] = "off"  # no test starts a hub but those that are about it
 for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "CLICOLOR_FORCE"):  # make typer and rich write colours
     os.environ.pop(name, None)

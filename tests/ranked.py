@@ -24,6 +24,7 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.ranked_imports"])
 _stores: deque[TCPStore] = deque(maxlen=8)
 PATIENCE = 60.0  # seconds that a test waits for its ranks
+_ENDING = 5.0  # and for a process that has answered: gloo's end hangs now and then, whoever uses it
 
 
 class Rank:
@@ -43,7 +44,7 @@ class Rank:
         except EOFError:
             self.process.join(patience)
             raise ChildProcessError(f"the rank ended with {self.process.exitcode}") from None
-        self.process.join(patience)
+        self.process.join(_ENDING)
         if kind == "error":
             raise RuntimeError(value)
         return value

@@ -49,6 +49,9 @@ class Line(ScriptedLine):
         return super().__getitem__(index)
 
 
+_alive: list[Script] = []  # gloo's end hangs now and then, if DDP is the last to let it go: not before the answer
+
+
 class Script:
     """What such a script has: a model in DDP, an optimiser, and one line more."""
 
@@ -62,6 +65,7 @@ class Script:
         torch.manual_seed(3)
         self.net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
         self.draws = torch.Generator().manual_seed(self.rank)
+        _alive.append(self)
 
     def begin(self, timeout: float = 60.0) -> None:
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))

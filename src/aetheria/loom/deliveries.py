@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from loguru import logger
 
-from aetheria.errors import CommandError
+from aetheria.errors import CommandError, HubError
 from aetheria.loom.region import Region
 from aetheria.loom.subjects import COMMANDS_ON_THE_WAY
 from aetheria.protocol import COMMAND_BYTES, decode_command
@@ -34,6 +34,9 @@ _STORING = 5.0  # seconds after which what was heard does not arrive any more: i
 _MISSED = 3.0  # seconds after which it is asked whether what a command has overtaken is still to come
 _RECENT = 1000  # commands
 _EAGER = 0.05  # and during which it is expected at once: so long most boundaries are away
+
+
+Unanswered = Callable[[], Awaitable[int | None]]
 
 
 class _Identified(msgspec.Struct):
@@ -94,8 +97,13 @@ class Deliveries:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._came.wait(), seconds)
 
-    async def arrived(self, arrival: Arrival) -> None:
-        """Takes a command; one that is with the training already is not given to it again."""
+    async def arrived(self, arrival: Arrival, unanswered: Unanswered | None = None) -> None:
+        """Takes a command; one that is with the training already is not given to it again.
+
+        Args:
+            arrival: the command.
+            unanswered: asks the server for how many answers it waits.
+        """
         if len(arrival.data) > COMMAND_BYTES:
             logger.error("A command of {} bytes was thrown away: it fits no slot.", len(arrival.data))
             await arrival.done()
@@ -103,6 +111,9 @@ class Deliveries:
         self._busy_until = time.monotonic() + _BUSY
         if self._overtakes(arrival):
             self._held[arrival.previous] = (time.monotonic() + _MISSED, arrival)
+            if not self._recent and unanswered is not None:  # of a sidecar before this one nothing is known here: ask
+                with suppress(HubError):  # then `keep` will
+                    await self._let_go(list(self._held), unanswered)
             return
         await self._arrive(arrival)
 
@@ -111,7 +122,7 @@ class Deliveries:
 
         A message that a connection took with it when it ended comes again when its time is out, behind newer ones.
         """
-        return bool(arrival.previous and self._recent and arrival.previous not in self._recent)
+        return bool(arrival.previous and arrival.previous not in self._recent)
 
     async def _arrive(self, arrival: Arrival) -> None:
         identity = _id_of(arrival.data) or arrival.id
@@ -185,26 +196,34 @@ class Deliveries:
         if delivery is not None and delivery.arrival is not None:
             await delivery.arrival.done()
 
-    async def keep(self, unanswered: Callable[[], Awaitable[int | None]]) -> None:
+    async def keep(self, unanswered: Unanswered) -> None:
         """Says that the commands are being dealt with, so that they are not delivered again.
 
-        A command that has overtaken another one is let go when that was never stored: when the server waits for no
-        more answers than there are commands here.
-
         Args:
-            unanswered: asks the server how many it waits for.
+            unanswered: asks the server for how many answers it waits.
 
         Raises:
             HubError: it does not say.
         """
-        arrived = [delivery.arrival for delivery in list(self._open.values()) if delivery.arrival is not None]
-        held = list(self._held.items())
-        for arrival in (*arrived, *(arrival for _, (_, arrival) in held)):
+        for arrival in (*self._arrivals(), *(arrival for _, arrival in list(self._held.values()))):
             await arrival.working()
-        late = [previous for previous, (until, _) in held if time.monotonic() >= until]
-        if not late or (await unanswered() or 0) > len(arrived) + len(held):
+        now = time.monotonic()
+        if late := [previous for previous, (until, _) in self._held.items() if now >= until]:
+            await self._let_go(late, unanswered)
+
+    def _arrivals(self) -> list[Arrival]:
+        return [delivery.arrival for delivery in list(self._open.values()) if delivery.arrival is not None]
+
+    async def _let_go(self, held: list[str], unanswered: Unanswered) -> None:
+        """Takes commands that wait for others, if these will not come: if the server waits for no more than are here.
+
+        Args:
+            held: by the ids of those that they have overtaken.
+            unanswered: asks the server.
+        """
+        if (await unanswered() or 0) > len(self._arrivals()) + len(self._held):
             return
-        for previous in late:
+        for previous in sorted(held, key=lambda each: self._held[each][1].order if each in self._held else 0):
             if (found := self._held.pop(previous, None)) is not None:
                 await self._arrive(found[1])
 

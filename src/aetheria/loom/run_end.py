@@ -29,12 +29,14 @@ class Arrival:
         id: as the hub gave it.
         data: the command.
         previous: the id of the command that the hub sent to this run before it; "" where the hub does not know.
+        order: its place among all that the server has stored.
     """
 
     id: str
     data: bytes
     _message: Msg
     previous: str = ""
+    order: int = 0
 
     async def done(self) -> None:
         """It need not be delivered again. Says so only as long as its connection lives; otherwise it comes again."""
@@ -132,7 +134,8 @@ class RunEnd:
         assert self._puller is not None
         message = await self._puller.next()
         headers = message.headers or {}
-        return Arrival(headers.get(ID, ""), message.data, message, headers.get(PREVIOUS, ""))
+        order = message.metadata.sequence.stream
+        return Arrival(headers.get(ID, ""), message.data, message, headers.get(PREVIOUS, ""), order)
 
     async def overhear(self, heard: Callable[[Overheard], None]) -> None:
         """Hands over commands as they are said, from now on: earlier than they arrive, and perhaps not all of them.

@@ -297,7 +297,7 @@ class Sidecar:
         await self._attempt(end.overhear(self._deliveries.heard))
         while not end.closed.is_set():
             try:
-                await self._deliveries.arrived(await end.next_command())
+                await self._deliveries.arrived(await end.next_command(), end.unanswered)
             except HubError as error:
                 logger.debug("{}", error)
                 await asyncio.sleep(0.05)

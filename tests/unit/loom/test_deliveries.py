@@ -237,3 +237,37 @@ def test_what_was_never_stored_is_not_waited_for_for_ever(monkeypatch: pytest.Mo
         assert way.trained == [name(0), name(2)]
 
     asyncio.run(body())
+
+
+def test_a_new_sidecar_asks_what_the_one_before_it_has_taken_along() -> None:
+    async def body() -> None:
+        way = _Way()
+        for number in (5, 1, 2, 3, 4):  # 1 to 4 were with the one that was killed
+
+            async def ask() -> int:
+                return 5
+
+            message: Any = _Message(name(number), way.acknowledged)
+            arrival = Arrival(name(number), data(number), message, name(number - 1), order=number)
+            await way.deliveries.arrived(arrival, ask)
+        way.train()
+        assert way.trained == names(1, 2, 3, 4, 5)
+        way.close()
+
+    asyncio.run(body())
+
+
+def test_a_new_sidecar_lets_a_command_through_at_once_where_nothing_is_missing() -> None:
+    async def body() -> None:
+        way = _Way()
+
+        async def ask() -> int:
+            return 1
+
+        message: Any = _Message(name(5), way.acknowledged)
+        await way.deliveries.arrived(Arrival(name(5), data(5), message, name(4), order=5), ask)
+        way.train()
+        assert way.trained == names(5)
+        way.close()
+
+    asyncio.run(body())
