@@ -32,6 +32,7 @@ _ANSWERS = frozenset({"accepted", "rejected", "applied", "failed"})  # the run k
 _BUSY = 5.0  # seconds during which an answer is expected soon
 _STORING = 5.0  # seconds after which what was heard does not arrive any more: it was not stored, or had been before
 _MISSED = 3.0  # seconds after which it is asked whether what a command has overtaken is still to come
+_LONGEST = 20.0  # and after which it is not waited for any more, whatever the server says
 _RECENT = 1000  # commands
 _EAGER = 0.05  # and during which it is expected at once: so long most boundaries are away
 
@@ -110,7 +111,8 @@ class Deliveries:
             return
         self._busy_until = time.monotonic() + _BUSY
         if self._overtakes(arrival):
-            self._held[arrival.previous] = (time.monotonic() + _MISSED, arrival)
+            until, _ = self._held.get(arrival.previous, (time.monotonic() + _MISSED, None))  # it may come twice
+            self._held[arrival.previous] = (until, arrival)
             if not self._recent and unanswered is not None:  # of a sidecar before this one nothing is known here: ask
                 with suppress(HubError):  # then `keep` will
                     await self._let_go(list(self._held), unanswered)
@@ -221,7 +223,9 @@ class Deliveries:
             held: by the ids of those that they have overtaken.
             unanswered: asks the server.
         """
-        if (await unanswered() or 0) > len(self._arrivals()) + len(self._held):
+        too_long = time.monotonic() - _LONGEST + _MISSED
+        given_up = [previous for previous in held if previous in self._held and self._held[previous][0] < too_long]
+        if not given_up and (await unanswered() or 0) > len(self._arrivals()) + len(self._held):
             return
         for previous in sorted(held, key=lambda each: self._held[each][1].order if each in self._held else 0):
             if (found := self._held.pop(previous, None)) is not None:

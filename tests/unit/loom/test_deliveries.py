@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import msgspec
@@ -214,7 +215,10 @@ def test_a_message_that_was_lost_is_not_overtaken_by_newer_ones() -> None:
     asyncio.run(body())
 
 
-def test_what_was_never_stored_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("asked", "later"), [(2, 5), (3, 25)], ids=["the server waits for no more", "too long"])
+def test_what_was_never_stored_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch, asked: int, later: float
+) -> None:
     async def body() -> None:
         way = _Way()
         unanswered = 3  # of the server: 0, 2, and one that has not come
@@ -227,11 +231,13 @@ def test_what_was_never_stored_is_not_waited_for_for_ever(monkeypatch: pytest.Mo
         await way.deliveries.keep(ask)
         way.train()
         assert way.trained == [name(0)]
-        monkeypatch.setattr("aetheria.loom.deliveries.time.monotonic", lambda: float("inf"))
+        now = time.monotonic()
+        monkeypatch.setattr("aetheria.loom.deliveries.time.monotonic", lambda: now + 5)
         await way.deliveries.keep(ask)
         way.train()
         assert way.trained == [name(0)]  # it is on its way
-        unanswered = 2
+        unanswered = asked
+        monkeypatch.setattr("aetheria.loom.deliveries.time.monotonic", lambda: now + later)
         await way.deliveries.keep(ask)
         way.train()
         assert way.trained == [name(0), name(2)]
