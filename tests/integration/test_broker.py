@@ -333,6 +333,23 @@ def test_a_run_may_do_nothing_but_its_own(broker: Broker) -> None:
     run_async(body)
 
 
+def test_a_hub_notices_the_end_of_a_connection_of_which_nobody_tells_it(broker: Broker) -> None:
+    """Seen once in hours of killing message servers: the library had closed, and had not said so."""
+
+    async def body() -> None:
+        hub = HubEnd(broker.url, broker.hub_seed)
+        await hub.start()
+        lost = hub._connection
+        assert lost is not None
+        lost.client._status = lost.client.CLOSED  # and none of its callbacks called
+        await until(lambda: hub._connection is not lost)
+        await hub.publish_command("mine", b"0", "id-0")
+        await lost.close()
+        await hub.close()
+
+    run_async(body)
+
+
 def test_a_command_that_is_sent_again_keeps_its_place(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         failed = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = ["FAILURES", "Connection", "NotStoredError", "Publication", "Puller"]
 # What the library raises when the other end is not there, or does not do what it was asked.
 FAILURES = (nats_errors.Error, OSError, TimeoutError, asyncio.TimeoutError)
 
+_LOOK = 1.0  # seconds between two looks whether a connection is still there
 _PING = 2  # seconds; a server that leaves two of them unanswered is given up
 _EXPIRES = 60.0  # seconds after which a request for messages is made again
 _HEARTBEAT = 5.0  # seconds between two signs of life of such a request
@@ -147,6 +149,15 @@ class Connection:
         await self._abandon(self.client)
         self.closed.set()
         self.wake()
+
+    async def ended(self) -> None:
+        """Waits until this has ended. The library does not always say so: it is looked at, too."""
+        while not self.closed.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.closed.wait(), _LOOK)
+            if self.client.is_closed and not self.closed.is_set():
+                self.closed.set()
+                self.wake()
 
     def wake(self) -> None:
         """Tells those who wait for something that it will not come."""

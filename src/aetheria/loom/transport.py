@@ -292,7 +292,7 @@ class HubEnd:
         """Replaces a lost connection, for ever."""
         while True:
             if self._connection is not None:
-                await self._connection.closed.wait()
+                await self._connection.ended()
                 self._ready.clear()
                 await self._connection.close()
                 logger.warning("The message server {} is gone; connecting again.", self._url)
