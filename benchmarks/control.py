@@ -48,7 +48,8 @@ def main() -> None:
             "commands": control_latency.COMMANDS_SHORT if chosen.short else control_latency.COMMANDS,
             "steps_in_a_block": control_overhead.BLOCK,
             "pairs": control_overhead.PAIRS_SHORT if chosen.short else control_overhead.PAIRS,
-            "pairs_of_peers": control_overhead.PAIRS_SHORT if chosen.short else control_peers.PAIRS,
+            "steps_in_a_block_of_peers": control_peers.BLOCK,
+            "pairs_of_peers": control_peers.PAIRS_SHORT if chosen.short else control_peers.PAIRS,
             "steps_in_a_batch_of_metrics": control_swarm.STEPS,
         },
     )

@@ -21,13 +21,12 @@ import torch
 from torch import nn
 
 from benchmarks.common import Figure, slower_by
-from benchmarks.control_overhead import BLOCK, PAIRS_SHORT, WARM_UP
 from benchmarks.control_script import BATCH_SIZE, batches, by_hand, network
 from benchmarks.pairs import IterableLane, Lane, alternate
 
 __all__ = ["measure"]
 
-PAIRS = 30
+BLOCK, WARM_UP, PAIRS, PAIRS_SHORT = 200, 4, 30, 4
 ABSENT = {
     "WeightsLab": (
         "not run. Tried: 2.0.3, the newest, and every earlier one wants torch 2.9 at most; installed past that, its "

@@ -212,6 +212,8 @@ class TrainingConfig(_Section):
         json_schema_extra={"default": 1},
     )
     """A validation after every so many epochs. null without val_every_steps: none at all."""
+    compare_ranks_every: Count | None = 1000
+    """Several ranks compare their weights after every so many optimiser steps; the run fails where they differ."""
     log_every: Count = 10
     """Metrics are read from the device and logged every so many optimiser steps."""
     snapshots: SnapshotsConfig = SnapshotsConfig()

@@ -14,7 +14,6 @@ from aetheria.accelerator import create_accelerator
 from aetheria.accelerator.select import deterministic
 from aetheria.config import TrainingConfig
 from aetheria.control.agreement import Agreement
-from aetheria.control.decision import Decision
 from aetheria.control.desk import Boundary
 from aetheria.control.journal import Journal
 from aetheria.control.line import Line
@@ -23,9 +22,8 @@ from aetheria.data import LoaderDataModule
 from aetheria.data.order import mix
 from aetheria.data.randomness import seed_generators
 from aetheria.engine.assembly import build_callbacks, build_model_and_data, config_of_run, prepare_loaders
+from aetheria.engine.boundary import BoundedRun
 from aetheria.engine.dropped import DroppedWindows
-from aetheria.engine.ending import EndingRun
-from aetheria.engine.evaluation import evaluate
 from aetheria.engine.hooks import Hooks
 from aetheria.engine.keeper import SnapshotKeeper
 from aetheria.engine.knobs import builtin_knobs
@@ -42,14 +40,13 @@ from aetheria.engine.window import Window, WindowRunner, windows
 from aetheria.errors import AetheriaError, DataError
 from aetheria.loom.recorder import Recorder
 from aetheria.protocol import AnyCommand
-from aetheria.snapshot import SnapshotContent
 
 __all__ = ["Orchestrator", "continue_run"]
 
 TRAINING_STREAM = 8  # part of the key of the generators that training draws from
 
 
-class Orchestrator(EndingRun):
+class Orchestrator(BoundedRun):
     """Trains a model. It is its callbacks' `TrainingContext`.
 
     Args:
@@ -80,7 +77,6 @@ class Orchestrator(EndingRun):
         self.state = LoopState()
         self._status: Literal["completed", "stopped", "interrupted"] = "completed"
         self._unsettled: Window | None = None
-        self._next_due = 0
         self._snapshot_at_end = True
         self._planned = None if planned is None else list(planned)
         self._own_line = line
@@ -364,115 +360,6 @@ class Orchestrator(EndingRun):
         return self._epoch_means() | {
             name: value for name, value in self.state.fresh.items() if name.startswith("val_")
         }
-
-    # --- the boundary ----------------------------------------------------------------------------------------------
-    def _boundary(self, together: bool = False) -> bool:
-        """Does what is due between two steps. Everything in here is done once for a step, however often it is asked.
-
-        Args:
-            together: whether all ranks are here; otherwise one may be alone, and what it wishes has to wait.
-
-        Returns:
-            Whether a command has taken the run somewhere else.
-        """
-        self._settle()
-        self._pending = False
-        config, step = self.config, self.global_step
-        if step % config.log_every == 0 and self.state.logged_at != step:
-            self.state.logged_at = step
-            self._reporter.log(step, self._means.since_reading(), self._schedules.learning_rates())
-            self._line.beat(step)
-            self._line.tend()
-            self._steering.refresh()
-            self._note_remarks()
-        if config.val_every_steps is not None and step % config.val_every_steps == 0:
-            together = together or self.state.validated_at != step
-            self._validate()
-        if (path := self._keeper.finished()) is not None:
-            self._hooks.call("on_snapshot", path)
-        agreed = Decision()
-        if self._agreement is not None:
-            agreed = self._agreement.decide(step, together, self._wishes)
-            self.act_on(agreed)
-        if self._steering.attend(agreed.commands):
-            self._next_due = 0
-            return True
-        config = self.config  # a command may have changed it
-        # After an epoch's last window the snapshot waits for the validation: then it knows what it is worth.
-        if not self._epoch_is_over() and (reason := self._keeper.due(step, agreed.save)) and not self._done():
-            self._save(reason)
-        elif step:
-            self._keeper.reserve(lambda: self._captured(exchange=False))
-        self._next_due = min(
-            step - step % every + every
-            for every in (config.log_every, config.val_every_steps, config.snapshots.every_steps, config.max_steps)
-            if every is not None
-        )
-        if step == 0:
-            self._next_due = 1  # to reserve the snapshots' memory once the first step has made the optimiser's state
-        if (planned := self._steering.next_step) is not None:
-            self._next_due = min(self._next_due, planned)
-        if self._agreement is not None:
-            if not self._agreement.under_way:
-                self._agreement.launch(step, self._wishes())
-            self._next_due = min(self._next_due, self._agreement.due_at)
-        self._deadline = self._keeper.deadline()
-        return False
-
-    def _done(self) -> bool:
-        if self.stop_requested():
-            return True
-        steps, epochs = self.config.max_steps, self.config.epochs
-        return (steps is not None and self.global_step >= steps) or (epochs is not None and self.epoch >= epochs)
-
-    def _validate(self) -> bool:
-        """Validates, unless that has been done at this step; returns whether it was not interrupted."""
-        if self._val is None or self.state.validated_at == self.global_step:
-            return True
-        self._reporter.deliver(wait=True)
-        self.accelerator.share_buffers(self.model)
-        metrics: dict[str, float] = {}
-        with self.accelerator.shared_weights(self.model):
-            self._hooks.call("on_validation_start")
-            try:
-                found = evaluate(
-                    self.model,
-                    self._val,
-                    self.accelerator,
-                    self._validation_step,
-                    seed=self.config.seed,
-                    interrupted=lambda: self._signal is not None,
-                )
-                if found is not None:
-                    metrics = {f"val_{name}": value for name, value in found.items()}
-            finally:
-                self._hooks.call("on_validation_end", metrics)
-        if not metrics:
-            return False
-        self.state.validated_at = self.global_step
-        self.state.fresh = self.state.fresh | metrics
-        self._keeper.check_rules(metrics, validation=True)
-        self._keeper.judge(metrics)
-        self._reporter.publish(metrics, self.global_step)
-        return True
-
-    def _save(self, reason: str, pinned: bool = False, ending: bool = False) -> None:
-        self._keeper.save(self._captured(reason, pinned), ending)
-
-    def _captured(self, reason: str = "", pinned: bool = False, exchange: bool = True) -> SnapshotContent:
-        return self._parts.capture(
-            self.state.state_dict(),
-            run_id=self.run_id,
-            step=self.global_step,
-            epoch=self.epoch,
-            reason=reason,
-            metrics=self.state.fresh,
-            pinned=pinned,
-            exchange=exchange,
-        )
-
-    def _notify(self) -> None:
-        self._pending = True
 
 
 def continue_run(path: Path, overrides: Sequence[str] = (), callbacks: Sequence[Callback] = ()) -> RunResult:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from aetheria import AetherModel, Callback, Orchestrator, TrainingConfig
 from aetheria.core import AetherDataModule
 from aetheria.core.shards import whole
+from aetheria.loom.reader import RunReader
 from aetheria.runs import RunFolder
 from aetheria.snapshot import list_snapshots
 from aetheria.snapshot.format import model_tensors
@@ -219,6 +220,66 @@ def test_a_nan_on_one_rank_drops_the_window_on_all(tmp_path: Path, accelerator: 
         (dropped,) = [data for kind, data in each["events"] if kind == "nonfinite"]
         assert len(dropped["sample_ids"]) == 12  # those of both ranks
         assert each["metrics"]["of rank 1"] == 5.0
+
+
+def drifts(runs_dir: str) -> None:
+    torch.manual_seed(0)
+    model = Model()
+
+    class Meddles(Callback):
+        def on_batch_end(self, batch_idx: int, metrics: dict[str, Tensor]) -> None:
+            if self.context.accelerator.rank == 1 and self.context.global_step == 5:
+                with torch.no_grad():
+                    model.layers[0].bias[2] += 1e-15
+
+    config = TrainingConfig(
+        max_steps=12,
+        runs_dir=Path(runs_dir),
+        live="off",
+        compare_ranks_every=4,
+        snapshots={"every_steps": 4},  # type: ignore[arg-type]
+    )
+    Orchestrator(model, Data(6), config, callbacks=[Meddles()]).run()
+
+
+def test_ranks_whose_weights_differ_are_found(tmp_path: Path) -> None:
+    for rank in launch(3, drifts, str(tmp_path)):
+        with pytest.raises(RuntimeError, match=r"different weights at step 8: rank 1 of 3"):
+            rank.result()
+    (folder,) = tmp_path.iterdir()
+    assert RunFolder(folder).read()["status"] == "failed"
+    assert 8 not in [snapshot.step for snapshot in list_snapshots(folder)]
+
+
+def logs(runs_dir: str, resume: str | None, breaks: bool) -> str:
+    class Breaks(Callback):
+        critical = True
+
+        def on_batch_end(self, batch_idx: int, metrics: dict[str, Tensor]) -> None:
+            if breaks and self.context.global_step == 4:  # the step after a snapshot
+                raise ValueError("stumbled")
+
+    torch.manual_seed(0)
+    config = TrainingConfig(
+        max_steps=12,
+        log_every=1,
+        runs_dir=Path(runs_dir),
+        live="off",
+        snapshots={"every_steps": 3},  # type: ignore[arg-type]
+    )
+    return str(Orchestrator(Model(), Data(6), config, callbacks=[Breaks()]).run(resume).folder)
+
+
+def test_what_was_logged_before_a_crash_is_on_the_curve_once(tmp_path: Path) -> None:
+    whole_run, *_ = run_ranks(2, logs, str(tmp_path / "whole"), None, False)
+    for rank in launch(2, logs, str(tmp_path / "broken"), None, True):
+        with pytest.raises(RuntimeError, match="stumbled"):
+            rank.result()
+    (folder,) = (tmp_path / "broken").iterdir()
+    run_ranks(2, logs, str(tmp_path / "broken"), str(folder), False)
+    expected, found = (RunReader(Path(place) / "run.db").metric("loss") for place in (whole_run, folder))
+    assert found.steps.tolist() == expected.steps.tolist() == list(range(1, 13))
+    assert found.values.tolist() == expected.values.tolist()
 
 
 def raises(runs_dir: str, who: int, where: str) -> None:

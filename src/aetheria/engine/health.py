@@ -17,7 +17,7 @@ from aetheria.data import BatchSource, Cursor
 from aetheria.data.order import mix
 from aetheria.data.randomness import isolated_generators
 from aetheria.engine.evaluation import EVALUATION_STREAM, evaluating
-from aetheria.engine.fingerprint import fingerprint
+from aetheria.engine.together import fingerprints
 from aetheria.errors import CommandError
 
 __all__ = ["Patient", "check_health"]
@@ -53,13 +53,8 @@ def check_health(check: str, run: Patient) -> dict[str, Any]:
 
 
 def _ranks(run: Patient) -> dict[str, Any]:
-    """Compares the weights of all ranks, which must be the same bits; buffers are the first rank's to say.
-
-    Of sharded weights there is one copy, of which every rank computes the fingerprint from all parts.
-    """
-    with run.accelerator.shared_weights(run.model):  # between two exchanges ranks that train apart have others besides
-        own = fingerprint(dict(run.model.named_parameters()))
-    digests = [said.decode() for said in run.accelerator.gather(own.encode())]
+    """Compares the weights of all ranks."""
+    digests = fingerprints(run.accelerator, run.model)
     return {"healthy": len(set(digests)) == 1, "digests": digests}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -181,7 +182,7 @@ class Arriving(Protocol):
 
 
 class SharedMetrics:
-    """Means over all ranks, on their way, in one exchange of a fixed size.
+    """Means over all ranks. They are on their way once they have been exchanged; reading them does that, if need be.
 
     Which names there are is known to each rank for itself. A digest of them is exchanged along with the sums; only if
     the ranks turn out to have different ones do they tell each other, and exchange once more. A metric that some ranks
@@ -196,20 +197,37 @@ class SharedMetrics:
         self._accelerator = accelerator
         self._sums = sums
         self._names = sorted(sums)
+        self._on_host = accelerator.device.type == "cpu"
+        self._arriving: Callable[[], Tensor] = self._exchanged_alone
         self._values: dict[str, float] | None = None
+
+    @staticmethod
+    def exchange(readings: Sequence[SharedMetrics]) -> None:
+        """Begins to add up several over the ranks at once, each of which must have as many, and all of them alike.
+
+        An exchange wakes threads of every rank, which costs more than what it carries.
+        """
+        if not readings:
+            return
+        arriving = readings[0]._accelerator.sum_later(torch.stack([reading._vector() for reading in readings]))
+        for place, reading in enumerate(readings):
+            reading._arriving = functools.partial(_row, arriving, place)
+
+    def _exchanged_alone(self) -> Tensor:
+        self.exchange([self])
+        return self._arriving()
+
+    def _vector(self) -> Tensor:
         fits = len(self._names) <= _NAMES_AT_ONCE
         digest = crc32("\0".join(self._names).encode())
         halves = digest >> 16, digest & 0xFFFF  # their squares, and those of their sums, are exact in float64
         head = [*halves, *(half * half for half in halves), float(not fits)]
-        self._on_host = accelerator.device.type == "cpu"
         numbers = self._numbers(self._names) if fits else []
         space = [0.0] * (2 * _NAMES_AT_ONCE - len(numbers))
         if self._on_host:
-            vector = torch.tensor([*head, *map(float, numbers), *space], dtype=torch.float64)
-        else:
-            vector = accelerator.send(torch.tensor([*head, *space], dtype=torch.float64))
-            vector = torch.cat([vector[:_HEAD], self._column(numbers).to(vector.device), vector[_HEAD:]])
-        self._arriving = accelerator.sum_later(vector)
+            return torch.tensor([*head, *map(float, numbers), *space], dtype=torch.float64)
+        vector = self._accelerator.send(torch.tensor([*head, *space], dtype=torch.float64))
+        return torch.cat([vector[:_HEAD], self._column(numbers).to(vector.device), vector[_HEAD:]])
 
     def _numbers(self, names: list[str]) -> list[Any]:
         return [part for name in names for part in self._sums.get(name, (0.0, 0.0))]
@@ -241,6 +259,10 @@ class SharedMetrics:
                 for name, total, weight in zip(names, found[::2], found[1::2], strict=False)
             }
         return self._values
+
+
+def _row(arriving: Callable[[], Tensor], place: int) -> Tensor:
+    return arriving()[place]
 
 
 class ArrivingMetrics:

@@ -10,11 +10,13 @@ from torch import Tensor
 from aetheria.control.line import Line
 from aetheria.core import Accelerator, RunEvent
 from aetheria.engine.hooks import Hooks
-from aetheria.engine.metrics import Arriving, ArrivingMetrics
+from aetheria.engine.metrics import Arriving, ArrivingMetrics, SharedMetrics
 from aetheria.loom.recorder import Recorder
 from aetheria.protocol import encode
 
 __all__ = ["Reporter"]
+
+_MOST = 64  # readings that wait for their exchange
 
 
 class Reporter:
@@ -33,6 +35,7 @@ class Reporter:
         self._hooks = hooks
         self._recorder = recorder
         self._added: dict[str, float | Tensor] = {}
+        self._waiting: list[tuple[int, Arriving, Arriving]] = []  # for the other ranks
         self._arriving: deque[tuple[int, Arriving, Arriving]] = deque()
 
     def add(self, metrics: Mapping[str, float | Tensor]) -> None:
@@ -42,21 +45,37 @@ class Reporter:
     def log(self, step: int, means: Arriving, metrics: Mapping[str, float | Tensor]) -> None:
         """Logs the metrics of a step: now if they are on the host, else when they have arrived.
 
+        Those of several ranks wait until `exchange`. Every rank must call this, and that, at the same steps.
+
         Args:
             step: the step they belong to.
             means: on their way.
             metrics: numbers, or scalar tensors, that go with them.
         """
-        several = self._accelerator.world_size > 1
-        if several:
-            self.deliver(wait=True)  # an interval later, so that all ranks do so at the same step
-        self._arriving.append((step, means, ArrivingMetrics(self._accelerator, {**metrics, **self._added})))
+        reading = step, means, ArrivingMetrics(self._accelerator, {**metrics, **self._added})
         self._added = {}
-        if not several:
+        if self._accelerator.world_size == 1:
+            self._arriving.append(reading)
             self.deliver()
+        else:
+            self._waiting.append(reading)
+            if len(self._waiting) >= _MOST:
+                self.exchange()
+
+    def exchange(self) -> None:
+        """Hands on what the ranks have exchanged last time, and begins to exchange what has been logged since."""
+        self._hand_on(wait=True)
+        self._arriving.extend(self._waiting)
+        SharedMetrics.exchange([means for _, means, _ in self._waiting if isinstance(means, SharedMetrics)])
+        self._waiting = []
 
     def deliver(self, wait: bool = False) -> None:
         """Hands on the metrics that have arrived, in their order; all of them if `wait`."""
+        if wait:
+            self.exchange()
+        self._hand_on(wait)
+
+    def _hand_on(self, wait: bool) -> None:
         while self._arriving and (wait or (self._arriving[0][1].ready() and self._arriving[0][2].ready())):
             step, means, more = self._arriving.popleft()
             if metrics := means.values() | more.values():

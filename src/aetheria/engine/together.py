@@ -1,4 +1,4 @@
-"""What several ranks do together before they train: open the run, and compare what they are about to train."""
+"""What several ranks do together: open the run, compare what they are about to train, and what they have trained."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 from aetheria.config import TrainingConfig
 from aetheria.core import Accelerator, AetherModel
+from aetheria.engine.fingerprint import fingerprint
 from aetheria.engine.opening import OpenedRun, open_run
-from aetheria.errors import ConfigError
+from aetheria.errors import ConfigError, RankError
 from aetheria.runs import RunFolder
 from aetheria.snapshot import Snapshot
 
-__all__ = ["check_alike", "open_together"]
+__all__ = ["check_alike", "compare_ranks", "fingerprints", "open_together"]
 
 _OWN = ("runs_dir", "run_name")  # what concerns the first rank alone
 
@@ -76,6 +77,33 @@ def check_alike(accelerator: Accelerator, config: TrainingConfig, model: AetherM
                 f"rank {rank} is about to train something else than rank 0: {found}. Give every rank the same "
                 "configuration and the same code."
             )
+
+
+def fingerprints(accelerator: Accelerator, model: AetherModel) -> list[str]:
+    """Returns a digest of each rank's weights, which must be the same bits; buffers are the first rank's to say.
+
+    Of sharded weights there is one copy, of which every rank computes the fingerprint from all parts.
+    """
+    with accelerator.shared_weights(model):  # between two exchanges ranks that train apart have others besides
+        own = fingerprint(dict(model.named_parameters()))
+    return [said.decode() for said in accelerator.gather(own.encode())]
+
+
+def compare_ranks(accelerator: Accelerator, model: AetherModel, step: int) -> None:
+    """Compares what the ranks have trained.
+
+    Raises:
+        RankError: they have different weights; on every rank, and it says who.
+    """
+    digests = fingerprints(accelerator, model)
+    usual = max(digests, key=digests.count)
+    if others := [rank for rank, digest in enumerate(digests) if digest != usual]:
+        raise RankError(
+            f"the ranks have different weights at step {step}: {', '.join(f'rank {rank}' for rank in others)} of "
+            f"{len(digests)} went another way than the rest. A callback that changes weights on one rank, an operation "
+            "that is not deterministic, or faulty hardware may be the cause. Nothing was saved at this step, but a "
+            "snapshot from before it may hold the first rank's weights after they had parted."
+        )
 
 
 def _digest(text: str) -> str:

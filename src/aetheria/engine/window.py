@@ -114,29 +114,31 @@ class WindowRunner:
 
     def backward(self, window: Window) -> None:
         """Accumulates the gradients of a window's loss."""
-        batches = window.batches
-        if len(batches) == self._ranks == 1 and batches[0].size:
-            batch = batches[0]
+        *earlier, batch = batches = window.batches
+        outputs: dict[str, Tensor] | None = None
+        if not earlier and batch.size and (self._ranks == 1 or batch.size * self._ranks == window.samples):
             outputs = self._forward(batch)
-            self._backward(outputs["loss"], outputs)
-            self._note(window, outputs, outputs.get("weight", batch.size))
-            return
+            if self._ranks == 1 or "weight" not in outputs:  # the window's mean is that of the micro-batch
+                self._backward(outputs["loss"], outputs)
+                self._note(window, outputs, outputs.get("weight", batch.size))
+                return
         # The weights of the later micro-batches are not known yet. So each loss is weighted in proportion to the
         # number of samples, which is, and the gradients are put right at the end if the weights turn out otherwise.
         # The gradients of several ranks are averaged, where they should be added up: their number makes good for it.
         sums = _WeightSum(self._accelerator)
         samples = sum(batch.size for batch in batches) if self._apart else window.samples
-        for batch in batches[:-1]:
+        for before in earlier:
             with self._accelerator.no_sync():
-                self._accumulate(window, batch, sums, samples, last=False)
-        self._accumulate(window, batches[-1], sums, samples, last=True)
+                self._accumulate(window, before, self._forward(before), sums, samples, last=False)
+        self._accumulate(window, batch, outputs or self._forward(batch), sums, samples, last=True)
         if sums.weighted and (gradients := self._gradients()):
             total = sums.total()
             if isinstance(total, Tensor) or total:  # a rank that trains apart may have nothing that counts
                 torch._foreach_mul_(gradients, samples / total)
 
-    def _accumulate(self, window: Window, batch: MicroBatch, sums: _WeightSum, samples: int, last: bool) -> None:
-        outputs = self._forward(batch)
+    def _accumulate(
+        self, window: Window, batch: MicroBatch, outputs: dict[str, Tensor], sums: _WeightSum, samples: int, last: bool
+    ) -> None:
         weight: float | Tensor = outputs.get("weight", batch.size) if batch.size else 0
         if isinstance(weight, Tensor):
             weight = weight.detach()

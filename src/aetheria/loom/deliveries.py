@@ -76,7 +76,7 @@ class Deliveries:
         self._held: dict[str, tuple[float, Arrival]] = {}  # by the id of the command that each has overtaken
         self._early: dict[str, float] = {}  # taken when they were heard, and to arrive, at the latest then
         self._busy_until = self._eager_until = 0.0
-        self._came = asyncio.Event()
+        self._resting: asyncio.Future[None] | None = None
         region.announce()
 
     @property
@@ -94,9 +94,17 @@ class Deliveries:
 
     async def rest(self, seconds: float) -> None:
         """Waits so long, or until a command arrives: from then on its answer is looked for."""
-        self._came.clear()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._came.wait(), seconds)
+        loop = asyncio.get_running_loop()
+        self._resting = loop.create_future()  # `wait_for` makes a task each time, many times a second
+        timer = loop.call_later(seconds, self._stir)
+        try:
+            await self._resting
+        finally:
+            timer.cancel()
+
+    def _stir(self) -> None:
+        if self._resting is not None and not self._resting.done():
+            self._resting.set_result(None)
 
     async def arrived(self, arrival: Arrival, unanswered: Unanswered | None = None) -> None:
         """Takes a command; one that is with the training already is not given to it again.
@@ -170,7 +178,7 @@ class Deliveries:
     def _take(self, identity: str, data: bytes, arrival: Arrival | None) -> None:
         self._open[identity] = _Delivery(data, arrival)
         self._waiting.append(identity)
-        self._came.set()
+        self._stir()
         self.fill()
 
     def fill(self) -> None:

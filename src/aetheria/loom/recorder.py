@@ -154,15 +154,20 @@ class Recorder:
         Returns:
             Whether it is. False where the database cannot be written now, where time ran out, and after `close`.
         """
-        if not self._thread.is_alive():  # closed, or this is a process forked from the one that records
-            return False
-        flush: Future[bool] = Future()
-        self._flushes.append(flush)
-        self._wake.set()
         try:
-            return flush.result(timeout)
+            return self.begin_flush().result(timeout)
         except TimeoutError:
             return False
+
+    def begin_flush(self) -> Future[bool]:
+        """Has everything queued before committed; returns whether it is, once that is known. Nobody waits."""
+        flush: Future[bool] = Future()
+        if self._thread.is_alive():
+            self._flushes.append(flush)
+            self._wake.set()
+        else:  # closed, or this is a process forked from the one that records
+            flush.set_result(False)
+        return flush
 
     def close(self, timeout: float = 10.0) -> bool:
         """Writes what is queued, ends the thread and closes the file. Closing again changes nothing.

@@ -67,7 +67,9 @@ class Recording:
         self._say_missed()
         if self._metrics_read is None and self._events_read is None:
             return
-        if await asyncio.to_thread(self._recorder.flush, _FLUSH):
+        committed = asyncio.wrap_future(self._recorder.begin_flush())
+        await asyncio.wait([committed], timeout=_FLUSH)
+        if committed.done() and committed.result():
             self._note_done()
 
     async def close(self, timeout: float) -> None:

@@ -37,9 +37,9 @@ __all__ = ["Settings", "Sidecar", "main"]
 
 _EAGER_LOOK = 0.0005  # seconds between two looks at the events just behind a command
 _BUSY_LOOK = 0.002  # while an answer is expected
-_IDLE_LOOK = 0.02
-_METRICS = 0.1  # seconds between two batches of metrics
-_RECORDING = 0.2
+_IDLE_LOOK = 0.05  # what it costs to look is taken from the training, where their processors share anything
+_METRICS = 0.2  # seconds between two batches of metrics
+_RECORDING = 0.5
 _HEARTBEAT = 1.0
 _SEARCH = 2.0  # seconds between two looks for a hub
 _ORPHANED = 3.0  # seconds to deliver what there is when the training process is gone
