@@ -145,6 +145,33 @@ def test_digest_of_damaged_weights_is_refused(run):
     assert "model.safetensors" in result.stderr
 
 
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_written_into_one_file_which_is_not_replaced_unasked(run, tmp_path):
+    there = tmp_path / "weights.safetensors"
+    result = command("snapshot", "weights", run, "-o", there)
+    assert result.exit_code == 0, result.stderr
+    assert there.read_bytes() == (newest(run) / "model.safetensors").read_bytes()
+    there.write_text("precious")
+    again = command("snapshot", "weights", run, "-o", there)
+    assert (again.exit_code, there.read_text()) == (2, "precious")
+    assert "--force" in again.stderr
+    assert command("snapshot", "weights", run, "-o", there, "--force").exit_code == 0
+    assert there.stat().st_size > 100
+
+
+def test_weights_that_are_damaged_or_have_no_place_leave_nothing_behind(run, tmp_path):
+    nowhere = command("snapshot", "weights", run, "-o", tmp_path / "missing" / "file")
+    assert nowhere.exit_code == 2
+    assert "cannot write" in nowhere.stderr
+    flip(newest(run) / "model.safetensors")
+    damaged = command("snapshot", "weights", run, "-o", tmp_path / "file")
+    assert damaged.exit_code == 2
+    assert "sha256" in damaged.stderr
+    assert not list(tmp_path.glob("*file*"))
+
+
 # --- wrong names -----------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from aetheria.errors import AetheriaError, SnapshotDamagedError
 from aetheria.plugins.callbacks.weight_averaging import ExponentialMovingAverage
 from aetheria.protocol import command_of
 from aetheria.runs import find_runs
-from aetheria.snapshot import Snapshot, list_snapshots
+from aetheria.snapshot import Snapshot, list_snapshots, weights_digest
 
 FSDP: dict[str, Any] = {"accelerator": "fsdp"}
 WRAPPED: dict[str, Any] = FSDP | {"accelerator_params": {"wrap": ["Linear"]}}
@@ -160,7 +160,12 @@ def test_every_rank_writes_its_part_and_no_pickle(tmp_path: Path) -> None:
         assert {Path(name).suffix for name in there} <= {".safetensors", ".pt", ".json"}
         assert snapshot.digest() == snapshot.manifest.digest
     assert last.manifest.digest == run["digest"]
+    last.write_weights(tmp_path / "copied")
+    earlier[-1].write_weights(tmp_path / "streamed")
+    streamed = safetensors.torch.load_file(tmp_path / "streamed")
+    assert weights_digest(streamed) == earlier[-1].manifest.digest
     consolidated = safetensors.torch.load_file(last.path / "model.safetensors")
+    assert (tmp_path / "copied").read_bytes() == (last.path / "model.safetensors").read_bytes()
     (last.path / "model.safetensors").rename(tmp_path / "elsewhere")
     last.manifest.files.pop("model.safetensors")
     for name, tensor in last.weights().items():

@@ -10,6 +10,7 @@ import typer
 
 from aetheria.cli._display import moment, number, text_console
 from aetheria.cli._errors import errors_told
+from aetheria.cli.predict import Force
 from aetheria.cli.runs import AsJson, RunArgument, RunsDir
 from aetheria.cli.steer import take_snapshot
 
@@ -69,6 +70,30 @@ def digest(sources: Sources, runs_dir: RunsDir = Path("runs")) -> None:
         snapshot = _found(source, runs_dir)[-1]
         snapshot.verify()
         typer.echo(f"{snapshot.digest()}  {snapshot.path}")
+
+
+@app.command()
+@errors_told()
+def weights(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|SNAPSHOT", help="A run's newest snapshot, or the folder of one.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")],
+    runs_dir: RunsDir = Path("runs"),
+    force: Force = False,
+) -> None:
+    """Write the weights of a snapshot into one safetensors file, however many ranks have written them."""
+    from aetheria.errors import SnapshotError
+
+    if output.exists() and not force:
+        raise SnapshotError(f"{output} exists. Choose another name, or give --force to replace it.")
+    snapshot = _found(source, runs_dir)[-1]
+    snapshot.verify()
+    try:
+        snapshot.write_weights(output)
+    except OSError as error:
+        raise SnapshotError(f"cannot write {output}: {error.strerror}. Nothing is left of it.") from error
+    typer.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB, the weights of {snapshot.path}")
 
 
 def _found(source: str, runs_dir: Path) -> list[Snapshot]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -95,6 +96,27 @@ class Snapshot:
 
             tensors = ShardFiles(self.path / WEIGHTS if self.sharded else self.path).read(place)
         return tensors | {alias: tensors[owner] for alias, owner in self.manifest.tied.items()}
+
+    def write_weights(self, path: Path) -> None:
+        """Writes the weights into one file of safetensors, a few tensors in memory at a time.
+
+        Args:
+            path: of the file; what is there is replaced when the new one is whole.
+
+        Raises:
+            OSError: it cannot be written; what was there stays.
+        """
+        partial = path.with_name(f".{path.name}.part")
+        try:
+            if MODEL in self.manifest.files:
+                shutil.copyfile(self.path / MODEL, partial)
+            else:
+                from aetheria.snapshot.sharded import WEIGHTS, ShardFiles, write_whole  # noqa: PLC0415
+
+                write_whole(partial, ShardFiles(self.path / WEIGHTS))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def state(self, place: Place | None = None) -> dict[str, Any]:
         """Returns optimiser, schedulers, scaler, callbacks, cursor and loop.
