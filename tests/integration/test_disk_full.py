@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,19 +36,6 @@ def train(runs_dir: Path, resume: Path | None = None) -> RunResult:
     torch.manual_seed(0)
     config = TrainingConfig(epochs=1, runs_dir=runs_dir, snapshots={"every_steps": 1, "keep_last": 50})
     return Orchestrator(Wide(), LoaderDataModule(batches), config).run(resume)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(place)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a file system here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def test_a_full_disk_ends_the_run_with_a_word_and_loses_nothing(small_disk: Path, tmp_path: Path) -> None:

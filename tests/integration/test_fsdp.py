@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from tests.integration.test_disk_full import small_disk  # noqa: F401 - a fixture
 from tests.integration.test_ranks import TOKENS, Data, Model, assert_close, results_of
 from tests.integration.test_ranks_steering import ScriptedLine
 from tests.ranked import run_ranks
@@ -206,7 +205,7 @@ def fill_the_disk(runs_dir: str) -> str:
     return "trained"
 
 
-def test_a_full_disk_ends_all_ranks_with_a_word_and_the_snapshots_before_stay(small_disk: Path) -> None:  # noqa: F811
+def test_a_full_disk_ends_all_ranks_with_a_word_and_the_snapshots_before_stay(small_disk: Path) -> None:
     """Five snapshots fit on it, at the most."""
     for said in run_ranks(2, fill_the_disk, str(small_disk / "runs")):
         assert "No space left" in said

@@ -19,9 +19,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from aetheria import AetherModel, Callback, Orchestrator, TrainingConfig
 from aetheria.accelerator import DDPAccelerator
+from aetheria.accelerator.ranks import Ranks
+from aetheria.control.agreement import Agreement
 from aetheria.control.desk import Desk
-from aetheria.control.journal import read_journal
-from aetheria.control.knobs import controllable
+from aetheria.control.journal import Journal, read_journal
+from aetheria.control.knobs import Knob, Knobs, controllable
 from aetheria.control.line import NoLine
 from aetheria.data import LoaderDataModule
 from aetheria.orchestrator import continue_run
@@ -292,3 +294,39 @@ def test_a_crash_between_decision_and_effect_is_made_good(tmp_path: Path) -> Non
     after = [entry for entry in read_journal(folder / "journal.jsonl") if entry.outcome.command == last.id]
     assert [entry.outcome.state for entry in after][-1] in ("applied", "failed")
     assert after[-1].outcome.step == accepted.step
+
+
+def on_a_full_disk(place: str) -> tuple[list[tuple[str, str]], float]:
+    ranks = Ranks.join("gloo", 20.0)
+    first = ranks.where.rank == 0
+    path, filler = Path(place) / "journal.jsonl", Path(place) / "filler"
+    journal = Journal(path, copy=None if first else b"")
+    values = {"rate": 1.0}
+    knob = Knob("rate", float, lambda value: values.update(rate=value), lambda: values["rate"], ge=0)
+    desk = Desk("a-run", journal, Knobs([knob]), {}, lambda outcome: None, lambda: str(values), Agreement(ranks).vote)
+    if first:
+        filler.write_bytes(b"x" * os.statvfs(place).f_bavail * os.statvfs(place).f_bsize)
+    wanted, refused = (
+        command_of("set", {"values": {"rate": value}}, id=f"{name}-0123456789")
+        for value, name in ((0.5, "wanted"), (-1.0, "refused"))
+    )
+    said = [desk.handle(command, 3) for command in (wanted, refused, refused)]
+    if first:
+        filler.unlink()
+    ranks.barrier()
+    said += [desk.handle(command, step) for step, command in enumerate((wanted, wanted, refused), start=4)]
+    ranks.leave()
+    return [(outcome.state, outcome.message) for outcome in said], values["rate"]
+
+
+@pytest.mark.parametrize("small_disk", ["8k"], indirect=True)
+def test_a_journal_that_cannot_be_written_refuses_on_all_ranks_and_sent_again_it_is_done_on_all(
+    small_disk: Path,
+) -> None:
+    answers = run_ranks(2, on_a_full_disk, str(small_disk))
+    (first, rate), (second, other_rate) = answers
+    assert rate == other_rate == 0.5
+    assert [state for state, _ in first] == ["rejected", "rejected", "rejected", "applied", "applied", "rejected"]
+    assert "No space left" in first[0][1]
+    assert first == second
+    assert [entry.outcome.state for entry in read_journal(small_disk / "journal.jsonl")] == ["accepted", "applied"]

@@ -93,6 +93,7 @@ class Desk:
         self._alone = vote is None
         self._vote = vote or (lambda problem: problem)
         self._planned: list[tuple[Boundary, AnyCommand, Outcome]] = []
+        self._unwritten: dict[str, Outcome] = {}  # what the journal should know, and does not
 
     def answer_alone(self) -> None:
         """From here on no other rank is asked: nothing takes effect any more."""
@@ -202,7 +203,7 @@ class Desk:
     def handle(self, command: AnyCommand, step: int, epoch: int = 0, window: int = 0) -> Outcome:
         """Deals with one command that has been decoded; see `receive`."""
         boundary = Boundary(step, epoch, window)
-        known = self.journal.outcome(command.id)
+        known = self._unwritten.get(command.id) or self.journal.outcome(command.id)
         if known is not None:
             return self._answer(known)
         if problem := self._vote(_problem(lambda: self._check(command, step))):
@@ -218,10 +219,9 @@ class Desk:
         except OSError as error:
             problem = f"the journal cannot be written: {error}. Nothing was changed."
         if problem := self._vote(problem):
-            outcome = self._outcome(command, "rejected", boundary, message=problem)
-            if self.journal.outcome(command.id) is not None:  # it is in this journal, but another rank has refused
-                self._write_down(outcome)
-            return self._answer(outcome)
+            # On every rank alike: whoever sends it again finds all of them ready to do it, or none.
+            self.journal.take_back(command.id)
+            return self._answer(self._outcome(command, "rejected", boundary, message=problem))
         self._answer(accepted)
         return self._perform(command, boundary)
 
@@ -292,6 +292,7 @@ class Desk:
         try:
             self.journal.append(outcome, command, **options)
         except OSError as error:
+            self._unwritten[outcome.command] = outcome
             logger.error(
                 "{} cannot be written: {}. The outcome of a command is missing there.", self.journal.path, error
             )

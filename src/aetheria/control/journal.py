@@ -106,6 +106,11 @@ class Journal:
         self._remember(entry)
         return entry
 
+    def take_back(self, command_id: str) -> None:
+        """Forgets the last line of a copy, where it is this command's: the journal itself could not be written."""
+        if self._file == -1 and self.entries and self.entries[-1].outcome.command == command_id:
+            del self.entries[-1], self._outcomes[command_id], self._commands[command_id]
+
     def sync(self) -> None:
         """Returns when every line is on the disk: before a snapshot remembers how many there are.
 

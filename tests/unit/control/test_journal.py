@@ -156,19 +156,7 @@ def test_before_a_snapshot_remembers_its_length_every_line_is_on_the_disk(
     assert len(synced) == 2
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(place)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a file system here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["16k"], indirect=True)
 def test_on_a_full_disk_no_line_is_half_written(small_disk: Path) -> None:
     journal = Journal(small_disk / "journal.jsonl")
     long = {"values": {"a": "x" * 1500}}
