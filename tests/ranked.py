@@ -78,12 +78,14 @@ def launch(count: int, function: Callable[..., Any], *arguments: Any, **environm
     return ranks
 
 
-def run_ranks(count: int, function: Callable[..., Any], *arguments: Any, **environment: str) -> list[Any]:
+def run_ranks(
+    count: int, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE, **environment: str
+) -> list[Any]:
     """Returns what each rank returned."""
     ranks = launch(count, function, *arguments, **environment)
     try:
         with ThreadPoolExecutor(count) as waiting:
-            return list(waiting.map(lambda rank: rank.result(), ranks))
+            return list(waiting.map(lambda rank: rank.result(patience), ranks))
     finally:
         end(ranks)
 
