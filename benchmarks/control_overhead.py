@@ -3,8 +3,9 @@
 Everything is measured with a hub that listens, each figure in a process of its own; what is compared takes turns.
 
 Half a percent of a step is less than what two models differ by in one process, because their weights lie elsewhere
-in memory. So steps with and without a Weavelet are those of one model in one loop, in blocks of a tenth of a second;
-where there is none, its sidecar stands still, and with it whatever the hub would do about this run.
+in memory. So steps with and without a Weavelet are those of one model in one loop, in blocks of a fifth of a second;
+where there is none, its sidecar stands still, and with it whatever the hub would do about this run. It is as often as
+that that a sidecar sends metrics: in shorter blocks it would have more to do than it has.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from benchmarks.pairs import Turn
 
 __all__ = ["BLOCK", "PAIRS", "PAIRS_SHORT", "WARM_UP", "measure"]
 
-BLOCK, WARM_UP, PAIRS, PAIRS_SHORT = 40, 10, 2000, 10
+BLOCK, WARM_UP, PAIRS, PAIRS_SHORT = 80, 10, 600, 5
 CALLS, ROUNDS, ROUNDS_SHORT = 20_000, 200, 20  # of an idle `step`
 LOGS, LOGS_SHORT = 2000, 100
 STEPS, STOPS, STOPS_SHORT = 200, 12, 2  # how many steps a 99th percentile is taken of, how often the sidecar stops
