@@ -348,9 +348,19 @@ def rounded(runs_dir: str) -> None:
     Orchestrator(Model(), Data(2), TrainingConfig(epochs=1, runs_dir=Path(runs_dir), live="off", **options)).run()
 
 
+def on_cuda(runs_dir: str) -> None:
+    options = {"accelerator": "ddp", "accelerator_params": {"device": "cuda"}}
+    Orchestrator(Model(), Data(2), TrainingConfig(epochs=1, runs_dir=Path(runs_dir), live="off", **options)).run()
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        pytest.param(
+            on_cuda,
+            "torch finds no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
+        ),
         (rounded, "compress: bf16 is not among what gloo adds up on a CPU. Write compress: fp16"),
         (unlike, "rank 1 is about to train something else than rank 0: seed is 1 there, 0 here"),
         (too_small, "batch_size 20 x 3 ranks = 60 is larger than the data: train_dataloader has 50 samples"),
