@@ -2,6 +2,7 @@
 
 import torch.distributed.fsdp
 import torch.distributed.tensor
+import torch.distributed.tensor.parallel
 import torch.optim
 
 import aetheria.accelerator

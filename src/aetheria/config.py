@@ -28,6 +28,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from aetheria.errors import ConfigError, did_you_mean
+from aetheria.replicas import ID_IN_WORDS, is_replica_id
 from aetheria.wording import KeyPath, expected, found, mismatches
 from aetheria.yaml_source import UNUSABLE, Given, Problem, lay_over, read_yaml
 
@@ -45,6 +46,12 @@ def _folder_name(name: str) -> str:
         words = "a folder name of letters, digits, '.', '_' and '-' (no '.' or '-' in front, 128 characters at most)"
         raise PydanticCustomError("expected", words)
     return name
+
+
+def _replica_id(text: str) -> str:
+    if not is_replica_id(text):
+        raise PydanticCustomError("expected", f"a text of {ID_IN_WORDS}")
+    return text
 
 
 def _registered_name(name: str) -> str:
@@ -248,6 +255,8 @@ class TrainingConfig(_Section):
     """The directory that the run folder is made in."""
     run_name: Annotated[str, AfterValidator(_folder_name)] | None = None
     """The beginning of the run folder's name."""
+    replica_id: Annotated[str, AfterValidator(_replica_id)] | None = None
+    """Which replica this is of the run called run_name: trainings that belong together, each with its own folder."""
 
     _source: Path | None = PrivateAttr(default=None)
 
@@ -369,6 +378,9 @@ def _combinations(config: TrainingConfig) -> Iterator[tuple[set[str], Problem]]:
     if total is not None and total % steps:
         text = f"found {total}, expected a multiple of grad_accumulation_steps ({steps}). Change one of them."
         yield clash("global_batch_size", "grad_accumulation_steps", text=text)
+    if config.replica_id is not None and config.run_name is None:
+        text = "found without run_name, expected the name that all replicas of the run are given. Add run_name."
+        yield clash("replica_id", "run_name", text=text)
     for kind in ("model", "data"):
         if getattr(config, f"{kind}_params") and getattr(config, f"{kind}_name") is None:
             text = f"found parameters without a name, expected {kind}_name too. Add it, or remove the parameters."

@@ -9,6 +9,7 @@ __all__ = [
     "AetheriaError",
     "CommandError",
     "ConfigError",
+    "DataDamagedError",
     "DataError",
     "HubError",
     "LaunchError",
@@ -77,6 +78,10 @@ class ModelError(AetheriaError):
 
 class DataError(AetheriaError):
     """Data that cannot be trained on: an empty loader, a batch that cannot be measured."""
+
+
+class DataDamagedError(DataError):
+    """Shards whose files are missing or do not match their hashes; the message names file, block and samples."""
 
 
 class NonFiniteError(AetheriaError, ArithmeticError):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from aetheria.client import AsyncHub, AsyncRun
+from aetheria.client import AsyncGroup, AsyncHub, AsyncRun
 from aetheria.errors import AetheriaError, CommandError, ConfigError, MissingDependencyError
 from aetheria.protocol import Outcome
 
@@ -113,14 +113,17 @@ class Agent:
             self._hub = hub
         return self._hub
 
-    async def run(self, name: str) -> AsyncRun:
-        """Returns a run by any part of its name."""
+    async def run(self, name: str) -> AsyncRun | AsyncGroup:
+        """Returns a run by any part of its name, or several replicas by the name that they have in common."""
         return await (await self.hub()).run(name)
 
     async def command(
         self, run: str, op: str, args: dict[str, Any] | None = None, *, reason: str = "", **options: Any
-    ) -> Outcome:
-        """Sends a command, if it is within the limits and the budget.
+    ) -> Outcome | dict[str, Outcome]:
+        """Sends a command, if it is within the limits and the budget; to several replicas it counts once.
+
+        Returns:
+            The outcome; of several replicas that of each, by its id.
 
         Raises:
             CommandError: it is not; or the run refused it.
@@ -181,12 +184,17 @@ def _add_looking(server: MCPServer, agent: Agent) -> None:
 
     @server.tool()
     async def get_run(run: str) -> dict[str, Any]:
-        """One run and its knobs: values, what is allowed, what they do. RUN: a part of its name, or @last."""
+        """One run and its knobs: values, what is allowed, what they do. RUN: a part of its name, or @last.
+
+        A run of several replicas has a status and knobs for each; one of them alone is called RUN@ID.
+        """
         try:
             found = await agent.run(run)
-            knobs = await found.knobs()
-            fields = {"schema": knobs.schema, "values": knobs.observed, "revision": knobs.revision}
-            return {"run": _plain(await found.status()), "knobs": fields}
+            status = await found.status()
+            if isinstance(found, AsyncGroup):
+                members = [found.replica(replica.replica) for replica in status.replicas]
+                return {"run": _plain(status), "knobs": {member.id: await _knobs(member) for member in members}}
+            return {"run": _plain(status), "knobs": await _knobs(found)}
         except AetheriaError as error:
             raise _told(error) from error
 
@@ -222,7 +230,12 @@ def _add_looking(server: MCPServer, agent: Agent) -> None:
         return msgspec.json.encode(await _curve(await agent.run(run), name, None, _POINTS)).decode()
 
 
-async def _curve(run: AsyncRun, name: str, from_step: int | None, points: int) -> dict[str, Any]:
+async def _knobs(run: AsyncRun) -> dict[str, Any]:
+    knobs = await run.knobs()
+    return {"schema": knobs.schema, "values": knobs.observed, "revision": knobs.revision}
+
+
+async def _curve(run: AsyncRun | AsyncGroup, name: str, from_step: int | None, points: int) -> dict[str, Any]:
     steps, values = await run.metrics(name, from_step=from_step, points=max(points, 4))
     numbers = [value if math.isfinite(value) else None for value in values.tolist()]
     return {"run": run.id, "name": name, "steps": steps.tolist(), "values": numbers}
@@ -238,53 +251,70 @@ def _add_commands(server: MCPServer, agent: Agent) -> None:
 
     @server.tool()
     async def set_knobs(
-        run: str, values: dict[str, Any], reason: str, expect_revision: int | None = None, dry_run: bool = False
+        run: str,
+        values: dict[str, Any],
+        reason: str,
+        expect_revision: int | None = None,
+        dry_run: bool = False,
+        replicas: list[str] | None = None,
     ) -> dict[str, Any]:
-        """Give knobs new values, all or none, between two steps. Say why; read get_run for what is allowed."""
-        options = {"expect_revision": expect_revision, "dry_run": dry_run}
+        """Give knobs new values, all or none, between two steps. Say why; read get_run for what is allowed.
+
+        Of a run of several replicas all are meant, or those that are named.
+        """
+        options = {"expect_revision": expect_revision, "dry_run": dry_run, "replicas": replicas or ()}
         return await send(run, "set", {"values": values}, reason, **options)
 
     @server.tool()
-    async def pause(run: str, reason: str) -> dict[str, Any]:
+    async def pause(run: str, reason: str, replicas: list[str] | None = None) -> dict[str, Any]:
         """Let a run wait at its next boundary."""
-        return await send(run, "pause", None, reason)
+        return await send(run, "pause", None, reason, replicas=replicas or ())
 
     @server.tool()
-    async def resume(run: str, reason: str) -> dict[str, Any]:
+    async def resume(run: str, reason: str, replicas: list[str] | None = None) -> dict[str, Any]:
         """Let a paused run go on."""
-        return await send(run, "resume", None, reason)
+        return await send(run, "resume", None, reason, replicas=replicas or ())
 
     @server.tool()
-    async def stop(run: str, reason: str, snapshot: bool = True) -> dict[str, Any]:
+    async def stop(run: str, reason: str, snapshot: bool = True, replicas: list[str] | None = None) -> dict[str, Any]:
         """End a run, with a snapshot."""
-        return await send(run, "stop", {"snapshot": snapshot}, reason, timeout=120.0)
+        return await send(run, "stop", {"snapshot": snapshot}, reason, timeout=120.0, replicas=replicas or ())
 
     @server.tool()
-    async def run_for(run: str, reason: str, steps: int | None = None, epochs: int | None = None) -> dict[str, Any]:
+    async def run_for(
+        run: str,
+        reason: str,
+        steps: int | None = None,
+        epochs: int | None = None,
+        replicas: list[str] | None = None,
+    ) -> dict[str, Any]:
         """Let a run go on for so many steps or epochs, and pause then."""
-        return await send(run, "run_for", {"steps": steps, "epochs": epochs}, reason)
+        return await send(run, "run_for", {"steps": steps, "epochs": epochs}, reason, replicas=replicas or ())
 
     @server.tool()
-    async def snapshot(run: str, reason: str, name: str = "", pinned: bool = False) -> dict[str, Any]:
+    async def snapshot(
+        run: str, reason: str, name: str = "", pinned: bool = False, replicas: list[str] | None = None
+    ) -> dict[str, Any]:
         """Take a snapshot."""
-        return await send(run, "snapshot", {"name": name, "pinned": pinned}, reason, timeout=120.0)
+        args = {"name": name, "pinned": pinned}
+        return await send(run, "snapshot", args, reason, timeout=120.0, replicas=replicas or ())
 
     @server.tool()
-    async def rewind(run: str, step: int, reason: str) -> dict[str, Any]:
+    async def rewind(run: str, step: int, reason: str, replicas: list[str] | None = None) -> dict[str, Any]:
         """Take a run back to the snapshot of a step."""
-        return await send(run, "rewind", {"step": step}, reason, timeout=120.0)
+        return await send(run, "rewind", {"step": step}, reason, timeout=120.0, replicas=replicas or ())
 
     @server.tool()
-    async def validate(run: str, reason: str) -> dict[str, Any]:
+    async def validate(run: str, reason: str, replicas: list[str] | None = None) -> dict[str, Any]:
         """Validate now; the result holds the metrics."""
-        return await send(run, "validate", None, reason, timeout=600.0)
+        return await send(run, "validate", None, reason, timeout=600.0, replicas=replicas or ())
 
     @server.tool()
-    async def health(run: str, check: str = "numerics") -> dict[str, Any]:
+    async def health(run: str, check: str = "numerics", replicas: list[str] | None = None) -> dict[str, Any]:
         """Look into a run: numerics, activations, throughput or determinism."""
-        return await send(run, "health", {"check": check}, "", timeout=120.0)
+        return await send(run, "health", {"check": check}, "", timeout=120.0, replicas=replicas or ())
 
     @server.tool()
-    async def note(run: str, text: str) -> dict[str, Any]:
+    async def note(run: str, text: str, replicas: list[str] | None = None) -> dict[str, Any]:
         """Write a note about this step, shown on the curves."""
-        return await send(run, "note", {"text": text}, "")
+        return await send(run, "note", {"text": text}, "", replicas=replicas or ())

@@ -27,7 +27,7 @@ from aetheria.engine.dropped import DroppedWindows
 from aetheria.engine.hooks import Hooks
 from aetheria.engine.keeper import SnapshotKeeper
 from aetheria.engine.knobs import builtin_knobs
-from aetheria.engine.live import open_line
+from aetheria.engine.live import devices_of, open_line
 from aetheria.engine.loop_state import LoopState
 from aetheria.engine.metrics import MetricMeans
 from aetheria.engine.reporting import Reporter
@@ -96,7 +96,7 @@ class Orchestrator(BoundedRun):
             PluginError: the `plugins/` folder beside the configuration cannot be imported.
         """
         accelerator = create_accelerator(config)
-        model, data = build_model_and_data(config, accelerator.world_size)
+        model, data = build_model_and_data(config, accelerator.data_ranks)
         return cls(model, data, config, accelerator, callbacks, planned)
 
     # --- a run, from outside ---------------------------------------------------------------------------------------
@@ -120,6 +120,7 @@ class Orchestrator(BoundedRun):
             )
         try:
             check_alike(self.accelerator, self.config, self.model)
+            devices = devices_of(self.accelerator)
             self._opened = open_together(self.accelerator, self.config, self.model, resume_from, new_run)
         except BaseException as error:
             ended_by = self.accelerator.explain(error)
@@ -131,7 +132,9 @@ class Orchestrator(BoundedRun):
             self._stack.callback(self._opened.folder.release)
             self._hooks = Hooks(self.callbacks, lambda message, trace: self.record("error", message, traceback=trace))
             main = self.accelerator.is_main_process
-            self._line = open_line(self.config, self._opened, main) if self._own_line is None else self._own_line
+            self._line = (
+                open_line(self.config, self._opened, main, devices) if self._own_line is None else self._own_line
+            )
             self._stack.callback(self._line.close)
             recorder = self._recorder_from(self._opened.step) if main else None
             self._reporter = Reporter(self.accelerator, self._hooks, recorder, self._line)
@@ -170,7 +173,9 @@ class Orchestrator(BoundedRun):
             callback.context = self
         for warning in opened.warnings:
             self.record("warning", warning)
-        seed_generators(mix(config.seed, TRAINING_STREAM, self.accelerator.rank))
+        key = mix(config.seed, TRAINING_STREAM, self.accelerator.data_rank)
+        seed_generators(key)
+        self.accelerator.seed_generator(key)
         self.accelerator.setup(self.model)
         self._schedules = Schedules(as_plan(self.model.configure_optimizers()))
         self.accelerator.setup_optimizer(self.optimizer)
@@ -200,7 +205,8 @@ class Orchestrator(BoundedRun):
             for warning in restored.warnings:
                 self.record("warning", warning)
         if self._planned is None:
-            self._steering.desk.continue_from(restored.position if restored and opened.continues else 0)
+            position = restored.position if restored and opened.continues else 0
+            self._steering.desk.continue_from(position, opened.stops_passed)
         else:
             self._steering.desk.plan(self._planned)
         self.model.train()
@@ -313,7 +319,7 @@ class Orchestrator(BoundedRun):
             for values, weight in window.metrics:
                 self._means.add(values, weight)
             if window.norm is not None:
-                self._means.add({"grad_norm": window.norm}, 1.0)
+                self._means.add({"grad_norm": window.norm}, 1.0 / self.accelerator.data_ranks)  # once, not once a rank
         else:
             self._dropped.note(window, self.state, self.accelerator.overflow_expected())
             if self.accelerator.sync_every is None:

@@ -16,7 +16,7 @@ from aetheria.core import Callback, RunResult
 from aetheria.errors import AetheriaError, SnapshotError
 from aetheria.orchestrator import Orchestrator
 from aetheria.protocol import AnyCommand, Outcome, Set, Stop
-from aetheria.runs import RunFolder
+from aetheria.runs import RunFolder, folder_name
 from aetheria.snapshot import list_snapshots, weights_digest
 from aetheria.snapshot.format import model_tensors
 
@@ -25,7 +25,7 @@ __all__ = ["Replay", "replay_run"]
 REPLAYS = "replays"  # in the folder of all runs: so that nobody takes a replay for the newest run
 _HOW_LONG = frozenset({"epochs", "max_steps"})  # a replay goes as far as the run went
 # What may differ between two lives of a run without a trace in its weights.
-_HARMLESS = _HOW_LONG | {"live", "runs_dir", "run_name", "log_every", "snapshots", "loggers"}
+_HARMLESS = _HOW_LONG | {"live", "runs_dir", "run_name", "replica_id", "log_every", "snapshots", "loggers"}
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ def _config(content: dict[str, Any], folder: RunFolder, until: int) -> TrainingC
             values[key] = before
     values |= {
         "runs_dir": str(folder.path.parent / REPLAYS),
-        "run_name": f"replay-of-{folder.run_id}"[:100],
+        "run_name": folder_name(f"replay-of-{folder.run_id}")[:100],
+        "replica_id": None,
         "epochs": None,
         "max_steps": until,
         "snapshots": {**values["snapshots"], "every_steps": None, "every_epochs": None, "every_seconds": None},

@@ -26,7 +26,7 @@ from typing import Any
 
 from aetheria.errors import RunFolderError, did_you_mean
 
-__all__ = ["RunFolder", "find_runs", "fsync_directory", "resolve_run", "write_atomically"]
+__all__ = ["RunFolder", "find_runs", "folder_name", "fsync_directory", "resolve_run", "write_atomically"]
 
 FORMAT = 1
 # POSIX locks do not exclude the process that holds them, and closing any descriptor of the file gives them up; this
@@ -63,6 +63,11 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
+def folder_name(name: str) -> str:
+    """Returns how a folder is called for a run that is called anything."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
+
+
 class RunFolder:
     """One run on disk.
 
@@ -86,16 +91,12 @@ class RunFolder:
         Raises:
             RunFolderError: the folder cannot be made or written.
         """
-        prefix = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
         path: Path | None = None
         try:
-            path = _make_folder(runs_dir.absolute(), f"{prefix}-{stamp}")
-            (path / "snapshots").mkdir()
+            path = _make_folder(runs_dir.absolute(), f"{folder_name(name)}-{stamp}")
             folder = cls(path)
-            identity = {"format": FORMAT, "run_id": path.name, "name": name, "created": now()}
-            state = {"status": "created", "status_detail": "", "global_step": 0}
-            folder._write(identity | fields | state | describe_process())
+            folder.begin(name, **fields)
         except OSError as error:
             if path is not None:
                 shutil.rmtree(path, ignore_errors=True)
@@ -159,6 +160,18 @@ class RunFolder:
             return None
         places = (source.resolve(), (source.parent / "plugins").resolve())
         return None if any(place.is_relative_to(self.path.resolve()) for place in places) else source
+
+    def begin(self, name: str, **fields: Any) -> None:
+        """Writes the first `run.json` of a folder that is new.
+
+        Args:
+            name: of the run, for people.
+            **fields: further keys (JSON types only).
+        """
+        self.snapshots.mkdir(exist_ok=True)
+        identity = {"format": FORMAT, "run_id": self.run_id, "name": name, "created": now()}
+        state = {"status": "created", "status_detail": "", "global_step": 0}
+        self._write(identity | fields | state | describe_process())
 
     def update(self, **fields: Any) -> None:
         """Replaces keys of `run.json`; the others stay."""
@@ -371,5 +384,7 @@ def resolve_run(text: str | Path, runs_dir: Path) -> RunFolder:
         return fitting[0]
     if fitting:
         listed = ", ".join(run.run_id for run in fitting[:5])
+        if all(run.run_id.startswith(f"{text}@") for run in fitting):
+            raise RunFolderError(f"'{text}' is a run of {len(fitting)} replicas: {listed}. Choose one of them.")
         raise RunFolderError(f"'{text}' fits {len(fitting)} runs: {listed}. Write more of the name, or @last.")
     raise RunFolderError(f"no run called '{text}' in {runs_dir.absolute()}. {did_you_mean(text, names)}")

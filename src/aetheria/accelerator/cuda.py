@@ -121,6 +121,10 @@ class GPUAccelerator(DeviceAccelerator):
     def generator_state(self) -> Tensor | None:
         return torch.cuda.get_rng_state(self._device)
 
+    def seed_generator(self, key: int) -> None:
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # before that there are no generators
+        torch.cuda.default_generators[self._device.index].manual_seed(key)
+
     def set_generator_state(self, state: Tensor) -> None:
         torch.cuda.set_rng_state(state, self._device)
 

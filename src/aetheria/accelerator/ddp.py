@@ -92,6 +92,9 @@ class RankedAccelerator(Accelerator):
     def generator_state(self) -> Tensor | None:
         return self.own.generator_state()
 
+    def seed_generator(self, key: int) -> None:
+        self.own.seed_generator(key)
+
     def set_generator_state(self, state: Tensor) -> None:
         self.own.set_generator_state(state)
 

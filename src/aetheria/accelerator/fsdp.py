@@ -9,10 +9,14 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from aetheria.accelerator.ddp import RankedAccelerator, Steps, own_accelerator
 from aetheria.accelerator.device import Precision
+from aetheria.accelerator.ranks import launched_ranks
+from aetheria.accelerator.tensor import cut_layers, is_cut, planned_layers, prove_alike
 from aetheria.core import AetherModel
+from aetheria.core.shards import whole
 from aetheria.errors import ConfigError
 from aetheria.registry import Registry
 
@@ -26,7 +30,11 @@ class FSDPAccelerator(RankedAccelerator):
     A group of weights is brought together for the time it is computed with: each module that is named in `wrap`, or in
     the list that the model's `shard_plan()` returns, is a group, and what is left of the model is one more.
 
-    Zhao et al., "PyTorch FSDP", arXiv:2304.11277; Rajbhandari et al., "ZeRO", arXiv:1910.02054.
+    With `tensor_parallel`, ranks next to one another compute the same samples together: the layers that the model's
+    `tensor_plan()` names are cut between them, and the parts of all weights between the groups of such ranks.
+
+    Zhao et al., "PyTorch FSDP", arXiv:2304.11277; Rajbhandari et al., "ZeRO", arXiv:1910.02054; Shoeybi et al.,
+    "Megatron-LM", arXiv:1909.08053.
 
     Args:
         precision: "bf16" computes and sends weights in bf16, and adds gradients up in fp32; the weights stay fp32.
@@ -35,6 +43,7 @@ class FSDPAccelerator(RankedAccelerator):
         reshard_after_forward: gives a group's weights back between forward and backward: less memory, one more
             exchange.
         cpu_offload: keeps the parts in host memory while they are not computed with.
+        tensor_parallel: how many ranks compute a layer together; a divisor of the number of ranks.
         timeout: seconds that a rank waits for the others in a collective; `AETHERIA_RANK_TIMEOUT`, or 30 minutes.
 
     Raises:
@@ -50,6 +59,7 @@ class FSDPAccelerator(RankedAccelerator):
         wrap: Sequence[str] = (),
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
+        tensor_parallel: int = 1,
         timeout: float | None = None,
     ) -> None:
         own = own_accelerator(precision, device)
@@ -60,17 +70,25 @@ class FSDPAccelerator(RankedAccelerator):
             )
         if cpu_offload and own.device.type == "cpu":
             raise ConfigError("cpu_offload: the weights are in host memory already. Leave it out, or train on CUDA.")
+        if tensor_parallel < 1 or launched_ranks() % tensor_parallel:
+            raise ConfigError(
+                f"tensor_parallel: found {tensor_parallel}, expected a divisor of the number of ranks, which is "
+                f"{launched_ranks()}. Launch a multiple of it, or change it."
+            )
         super().__init__(own, timeout)
         # Here, not above: a second of imports that only those shall wait for who shard.
-        from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy  # noqa: PLC0415
 
         self.team = self.ranks.team
         self._wrap = tuple(wrap)
+        self.tensor_parallel = tensor_parallel
+        mesh, self._tensor_mesh = self.ranks.meshes(own.device.type, tensor_parallel)
+        self._alike = tensor_parallel == 1  # whether what is not cut is known to have the same gradients
+        self._counting: dict[tuple[bool, ...], Tensor] = {}
         # Autocast decides in which precision each operation is computed; the policy only how weights travel.
         lower = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if own.precision == "bf16" else {}
         self._options: dict[str, Any] = {
-            "mesh": init_device_mesh(own.device.type, (self.world_size,)),
+            "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(**lower, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
             "reshard_after_forward": reshard_after_forward,
@@ -78,15 +96,25 @@ class FSDPAccelerator(RankedAccelerator):
 
     def setup(self, model: AetherModel) -> None:
         self.own.setup(model)
+        styles = planned_layers(model, self.tensor_parallel) if self.tensor_parallel > 1 else {}
         modules = self._groups(model)
         _check_parameters(model, modules)
         for parameter in model.parameters():  # as DDP does: whoever built his model unseeded trains the first rank's
             dist.broadcast(parameter.detach(), 0, group=self.ranks.group if self.device.type == "cpu" else None)
+        if styles:
+            cut_layers(model, styles, self._tensor_mesh)
         from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
 
         for module in modules:
             fully_shard(module, **self._options)
         self._wrapper: Any = fully_shard(Steps(model), **self._options)
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def setup_optimizer(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def follow(self, model: AetherModel) -> None:
+        self._alike = self.tensor_parallel == 1  # what was frozen has not been compared
 
     def _groups(self, model: AetherModel) -> list[nn.Module]:
         """Returns the modules that are groups of their own, inner ones first."""
@@ -107,6 +135,8 @@ class FSDPAccelerator(RankedAccelerator):
             outputs: dict[str, Tensor] = self._wrapper(name, batch)
             if not torch.is_grad_enabled():
                 self._wrapper.reshard()  # no backward pass will: and only parts are what everything else expects
+            if self.tensor_parallel > 1 and isinstance(outputs, dict):
+                return {name: whole(value) for name, value in outputs.items()}  # a plan may leave them cut
             return outputs
 
         return step
@@ -120,11 +150,29 @@ class FSDPAccelerator(RankedAccelerator):
             self._wrapper.set_requires_gradient_sync(True)
 
     # --- gradients: this rank's parts ------------------------------------------------------------------------------
+    def _trained(self) -> list[nn.Parameter]:
+        """Returns the parameters whose gradients a window has, in their order."""
+        groups = self._optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
+
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
-        squared = torch.nn.utils.get_total_norm(gradients).square()
+        if self.tensor_parallel == 1:
+            squared = torch.nn.utils.get_total_norm(gradients).square()
+        else:
+            squares = torch.stack(list(torch._foreach_norm(gradients))).square()
+            if self.rank % self.tensor_parallel:  # what each of them has whole counts once
+                cut = tuple(is_cut(parameter) for parameter in self._trained())
+                if cut not in self._counting:
+                    self._counting = {cut: torch.tensor(cut, dtype=squares.dtype, device=squares.device)}
+                squares = squares * self._counting[cut]  # a NaN stays one
+            squared = squares.sum()
         return self.reduce_metric(squared).sqrt_()
 
     def check_finite(self, gradients: list[Tensor], norm: Tensor | None = None) -> Tensor:
+        if not self._alike:
+            trained = zip(self._trained(), gradients, strict=True)
+            uncut = {self._names[id(parameter)]: gradient for parameter, gradient in trained if not is_cut(parameter)}
+            self._alike = prove_alike(uncut, self._tensor_mesh, lambda told: self.reduce_metric(told, "max"))
         found = self.own.check_finite(gradients, norm)
         # A norm is that of all parts. Otherwise one rank may have met what the others have not.
         return found if norm is not None else self.reduce_metric(found, "max")
@@ -134,6 +182,10 @@ class FSDPAccelerator(RankedAccelerator):
         from torch.distributed.tensor import Shard, empty  # noqa: PLC0415
 
         return empty(*shape, dtype=dtype, device_mesh=self._options["mesh"], placements=[Shard(0)])
+
+    def state_dict(self) -> dict[str, Any]:
+        arranged = {"tensor_parallel": self.tensor_parallel} if self.tensor_parallel > 1 else {}
+        return self.own.state_dict() | arranged
 
     def cleanup(self) -> None:
         self.__dict__.pop("_wrapper", None)

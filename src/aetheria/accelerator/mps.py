@@ -36,5 +36,8 @@ class MPSAccelerator(DeviceAccelerator):
     def generator_state(self) -> Tensor | None:
         return torch.mps.get_rng_state()
 
+    def seed_generator(self, key: int) -> None:
+        torch.mps.manual_seed(key)
+
     def set_generator_state(self, state: Tensor) -> None:
         torch.mps.set_rng_state(state)

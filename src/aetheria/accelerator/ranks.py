@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from aetheria.errors import ConfigError, RankError
@@ -162,6 +163,7 @@ class Ranks:
         self.group = self.new_group()
         self.agreement = self.new_group()
         self._runs = self._calls = 0
+        self._meshes: dict[tuple[str, int], tuple[Any, Any]] = {}
         atexit.register(_end_process_group)
         self._broken = self._failed = self._store_is_gone = False
 
@@ -178,6 +180,30 @@ class Ranks:
     def new_group(self) -> Any:
         """Makes one more group of all ranks on their processors: for what goes on beside the others' collectives."""
         return dist.new_group(backend="gloo", timeout=self._timeout)
+
+    def meshes(self, device: str, together: int = 1) -> tuple[Any, Any]:
+        """Returns the ranks as `torch.distributed.device_mesh` knows them; the same again each time.
+
+        Args:
+            device: its type, "cpu" or "cuda".
+            together: how many ranks next to one another compute the same samples.
+
+        Returns:
+            Those that this rank shares the samples with, and those that it computes its share with: None if it does so
+            alone.
+        """
+        if (device, together) not in self._meshes:
+            from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - as late as may be
+
+            size = self.where.world_size
+            if together == 1:
+                self._meshes[device, together] = init_device_mesh(device, (size,)), None
+            else:
+                mesh = init_device_mesh(device, (size // together, together), mesh_dim_names=("data", "tensor"))
+                self._meshes[device, together] = mesh["data"], mesh["tensor"]
+                for group in mesh.get_all_groups():  # made anew, with a patience of torch's own
+                    _set_pg_timeout(self._timeout, group)
+        return self._meshes[device, together]
 
     @cached_property
     def team(self) -> Team:
@@ -296,6 +322,7 @@ class Ranks:
             return
         self._joined.clear()
         self.__dict__.pop("team", None)
+        self._meshes.clear()
         self.group = self.agreement = None  # connections end when nobody has them any more
         _end_process_group()
         has_store = self.where.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -5,30 +5,40 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from aetheria.client import Group, ReplicaOutcome, Run
     from aetheria.protocol import Outcome
 
 __all__ = [
     "AsJson",
     "HubRun",
     "Reason",
+    "Replicas",
     "Timeout",
     "command_errors_told",
     "outcome_in_words",
     "parse_values",
     "print_outcome",
+    "print_outcomes",
     "shown",
+    "those_meant",
 ]
 
-HubRun = Annotated[str, typer.Argument(metavar="RUN", help="Any part of a run's name, or @last for the newest.")]
+HubRun = Annotated[
+    str, typer.Argument(metavar="RUN", help="Any part of a run's name, or @last for the newest; RUN@ID is one replica.")
+]
 Reason = Annotated[str, typer.Option("--reason", "-r", metavar="TEXT", help="Why; stands in the run's journal.")]
 Timeout = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="How long to wait for the run.")]
+Replicas = Annotated[
+    list[str] | None,
+    typer.Option("--replica", metavar="ID", help="Of a run of several replicas, this one; may be repeated."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 REFUSED, WRONG_USAGE, NO_HUB = 1, 2, 3  # exit codes
@@ -109,6 +119,52 @@ def print_outcome(op: str, outcome: Outcome, as_json: bool, values: dict[str, An
         _print_json(outcome)
     else:
         typer.echo(outcome_in_words(op, outcome, values))
+
+
+def print_outcomes(
+    op: str, outcomes: Sequence[ReplicaOutcome], as_json: bool, dry_run: bool, values: dict[str, Any] | None = None
+) -> None:
+    """Prints what came of a command to several replicas, in a line for each; what was not done, on standard error.
+
+    Raises:
+        typer.Exit: it was not done by all of them.
+    """
+    if as_json:
+        _print_json(outcomes)
+    failed = False
+    for each in outcomes:
+        failure = each.failure(op, dry_run)
+        failed = failed or failure != ""
+        if failure:
+            typer.echo(f"{each.replica}: {failure}", err=True)
+        elif each.outcome is not None and not as_json:
+            typer.echo(f"{each.replica}: {outcome_in_words(op, each.outcome, values)}")
+    if failed:
+        raise typer.Exit(REFUSED)
+
+
+def those_meant(run: Run | Group, replicas: list[str] | None) -> list[tuple[str, Run]]:
+    """Returns each run that is meant, with what to write before what is said of it: a replica's id, or nothing.
+
+    Args:
+        run: as it was named.
+        replicas: of a run of several, the ids of those that are meant; all of them by default.
+
+    Raises:
+        RunFolderError: there is no such replica.
+    """
+    from aetheria.client import Group
+    from aetheria.errors import RunFolderError
+
+    if not isinstance(run, Group):
+        for replica in replicas or ():
+            run.replica(replica)  # says that there is none
+        return [("", run)]
+    known = [each.replica for each in run.replicas]
+    for replica in replicas or ():
+        if replica not in known:
+            raise RunFolderError(f"{run.id} has no replica {replica!r}. It has: {', '.join(known)}.")
+    return [(f"{replica}: ", run.replica(replica)) for replica in replicas or known]
 
 
 def _print_json(value: Any) -> None:

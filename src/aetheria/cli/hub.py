@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -174,17 +174,25 @@ def status(as_json: AsJson = False) -> None:
         typer.echo("It knows no runs yet. Those that start from now on find it.")
 
 
-def _print_table(runs: Iterable[RunStatus]) -> None:
+def _print_table(runs: Sequence[RunStatus]) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("run", overflow="fold")
-    for heading in ("status", "step", "last heard of"):
-        table.add_column(heading, justify="right" if heading == "step" else "left", no_wrap=True)
-    for run in runs:
+    for heading in ("status", "step", "last heard of", "host", "devices"):
+        table.add_column(heading, justify="right" if heading == "step" else "left", no_wrap=heading != "devices")
+    for run in _together(runs):
         heard = "" if run.last_heartbeat is None else f"{duration(time.time() - run.last_heartbeat)} ago"
-        table.add_row(run.id, run.status, number(run.step), heard)
+        table.add_row(run.id, run.status, number(run.step), heard, run.host, ", ".join(run.devices))
     text_console().print(table)
+
+
+def _together(runs: Sequence[RunStatus]) -> list[RunStatus]:
+    """Returns runs with the replicas of one beside one another, where the newest of them is."""
+    groups: dict[str, list[RunStatus]] = {}
+    for run in runs:
+        groups.setdefault(run.group or run.id, []).append(run)
+    return [run for group in groups.values() for run in sorted(group, key=lambda run: run.replica)]
 
 
 def _print_json(value: Any) -> None:

@@ -8,10 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aetheria.cli._errors import errors_told, tracebacks_kept
-from aetheria.cli._steering import AsJson, HubRun, Reason, Timeout, command_errors_told, print_outcome, shown
+from aetheria.cli._steering import (
+    REFUSED,
+    AsJson,
+    HubRun,
+    Reason,
+    Replicas,
+    Timeout,
+    command_errors_told,
+    outcome_in_words,
+    print_outcome,
+    shown,
+    those_meant,
+)
 from aetheria.cli.runs import RunArgument, RunsDir
 
 if TYPE_CHECKING:
+    from aetheria.client import Run
     from aetheria.control.journal import Entry
     from aetheria.protocol import AnyCommand, Outcome
 
@@ -136,27 +149,57 @@ def undo(
     ] = "",
     reason: Reason = "",
     timeout: Timeout = 30.0,
+    replicas: Replicas = None,
     as_json: AsJson = False,
 ) -> None:
     """Give knobs back the values they had before a command: by a new one, which stands in the journal, too."""
     from aetheria.client import connect
+
+    with command_errors_told(as_json), connect() as hub:
+        meant = those_meant(hub.run(run), replicas)
+        if len(meant) == 1:
+            print_outcome("set", _undo(meant[0][1], command, reason, timeout), as_json)
+            return
+        _undo_each(meant, command, reason, timeout, as_json)
+
+
+def _undo(run: Run, command: str, reason: str, timeout: float) -> Outcome:
     from aetheria.errors import CommandError
     from aetheria.protocol import Set
 
-    with command_errors_told(as_json):
-        steered = connect().run(run)
-        changes = [
-            (latest, given)
-            for _, latest, given in _by_command(steered.journal)
-            if isinstance(given, Set) and latest.state == "applied" and given.id.startswith(command)
-        ]
-        if not changes:
-            raise CommandError(
-                "there is no change that could be undone." if not command else f"no change is {command}."
-            )
-        latest, given = changes[-1]
-        if command and len(changes) > 1:
-            raise CommandError(f"{len(changes)} changes have an id that begins with '{command}'; give more of it.")
-        before = latest.result["before"]
-        outcome = steered.set(before, reason=reason or f"undo {given.id[:8]}", timeout=timeout)
-    print_outcome("set", outcome, as_json)
+    changes = [
+        (latest, given)
+        for _, latest, given in _by_command(run.journal)
+        if isinstance(given, Set) and latest.state == "applied" and given.id.startswith(command)
+    ]
+    if not changes:
+        raise CommandError("there is no change that could be undone." if not command else f"no change is {command}.")
+    latest, given = changes[-1]
+    if command and len(changes) > 1:
+        raise CommandError(f"{len(changes)} changes have an id that begins with '{command}'; give more of it.")
+    before = latest.result["before"]
+    outcome: Outcome = run.set(before, reason=reason or f"undo {given.id[:8]}", timeout=timeout)
+    return outcome
+
+
+def _undo_each(meant: list[tuple[str, Run]], command: str, reason: str, timeout: float, as_json: bool) -> None:
+    """Each replica gets its own values back: they need not have been the same."""
+    import msgspec
+
+    from aetheria.errors import AetheriaError
+
+    outcomes: dict[str, Outcome | None] = {}
+    for told, run in meant:
+        try:
+            outcome = _undo(run, command, reason, timeout)
+        except AetheriaError as error:
+            outcomes[told.removesuffix(": ")] = None
+            typer.echo(f"{told}{error}", err=True)
+        else:
+            outcomes[told.removesuffix(": ")] = outcome
+            if not as_json:
+                typer.echo(f"{told}{outcome_in_words('set', outcome)}")
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(outcomes)).decode())
+    if None in outcomes.values():
+        raise typer.Exit(REFUSED)

@@ -160,7 +160,7 @@ def launch(
         _become(wanted)
     job = Job(
         launch=wanted,
-        name=name or Job.name_from(checked.run_name or config.stem),
+        name=name or Job.name_from("-".join(filter(None, (checked.run_name or config.stem, checked.replica_id)))),
         gpus=gpus_per_node,
         cores=cores_per_node,
         memory=memory_per_node,

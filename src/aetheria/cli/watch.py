@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aetheria.cli._display import duration
-from aetheria.cli._steering import AsJson, HubRun, command_errors_told, outcome_in_words, shown
+from aetheria.cli._steering import AsJson, HubRun, Replicas, command_errors_told, outcome_in_words, shown, those_meant
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from aetheria.client import Event, Run
+    from aetheria.client import Event, Group, Run
 
 _POINTS = 40  # of a sparkline
 _COMMANDS = 6
@@ -26,6 +26,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 def watch(
     run: HubRun,
     follow: Annotated[bool, typer.Option("--follow/--once", help="Stay until the run ends, or print and end.")] = True,
+    replicas: Replicas = None,
     as_json: AsJson = False,
 ) -> None:
     """Watch RUN: its newest metrics, its knobs, the last commands. Ctrl-C ends it; the run goes on."""
@@ -33,55 +34,126 @@ def watch(
 
     with command_errors_told(), connect() as hub:
         watched = hub.run(run)
+        meant = {each.id: told for told, each in those_meant(watched, replicas)}
+        events = _Events(watched, None if replicas is None else set(meant))
         try:
             if as_json:
-                _print_events(watched, follow)
+                _print_events(watched, events if follow else ())
             else:
-                _show(watched, follow)
+                _show(_view_of(watched, list(meant)), events, follow)
         except KeyboardInterrupt:
             return  # the one way to end it
 
 
-def _print_events(run: Run, follow: bool) -> None:
+class _Events:
+    """What happens in a run, or in several replicas, until all of them have ended."""
+
+    def __init__(self, run: Run | Group, only: set[str] | None) -> None:
+        self._run = run
+        self._only = only
+
+    def __iter__(self) -> Iterator[Event]:
+        from aetheria.client.models import ENDED
+
+        status = self._run.status
+        alive = {each.id for each in status.replicas or [status] if each.status not in ENDED and self._meant(each.id)}
+        if not alive:
+            return
+        for event in self._run.watch():
+            if not self._meant(event.run):
+                continue
+            yield event
+            if event.type == "status":
+                (alive.discard if event.data["status"] in ENDED else alive.add)(event.run)
+                if not alive:
+                    return
+
+    def _meant(self, run: str) -> bool:
+        return self._only is None or run in self._only
+
+
+def _print_events(run: Run | Group, events: Iterable[Event]) -> None:
     import msgspec
 
     typer.echo(msgspec.json.encode(run.status))
-    if follow:
-        for event in _until_ended(run):
-            typer.echo(msgspec.json.encode(event))
+    for event in events:
+        typer.echo(msgspec.json.encode(event))
 
 
-def _show(run: Run, follow: bool) -> None:
+def _show(view: _View | _Replicas, events: Iterable[Event], follow: bool) -> None:
     from rich.console import Console
     from rich.live import Live
 
     console = Console(markup=False, highlight=False)
-    view = _View(run)
     if not follow:
         console.print(view.drawn())
     elif not console.is_terminal:
         typer.echo(view.headline())
-        for event in _until_ended(run):
+        for event in events:
             view.take(event)
             if line := view.line(event):
                 typer.echo(line)
     else:
         with Live(view.drawn(), console=console, auto_refresh=False, transient=False) as live:
-            for event in _until_ended(run):
+            for event in events:
                 view.take(event)
                 live.update(view.drawn(), refresh=True)
 
 
-def _until_ended(run: Run) -> Iterator[Event]:
-    from aetheria.client.models import ENDED
+def _view_of(run: Run | Group, names: list[str]) -> _View | _Replicas:
+    from aetheria.client import Group
 
-    begun = run.status
-    if begun.status in ENDED:
-        return
-    for event in run.watch():
-        yield event
-        if event.type == "status" and event.data["status"] in ENDED:
-            return
+    return _Replicas(run, names) if isinstance(run, Group) else _View(run)
+
+
+class _Replicas:
+    """What is known of several replicas that are watched: of each of them a line, and of all the last commands."""
+
+    def __init__(self, group: Group, names: list[str]) -> None:
+        self._group = group
+        self._views = {name: _View(self._replica(name)) for name in names}
+
+    def _replica(self, name: str) -> Run:
+        return self._group.replica(_short(name))
+
+    def take(self, event: Event) -> None:
+        """Remembers what an event says; one from a replica that has just come, too."""
+        if event.run in self._views:
+            self._views[event.run].take(event)
+        elif event.run.startswith(f"{self._group.id}@"):
+            self._views[event.run] = _View(self._replica(event.run))
+
+    def headline(self) -> str:
+        """Returns each replica and its state in a line."""
+        return "\n".join(view.headline() for view in self._views.values())
+
+    def line(self, event: Event) -> str:
+        """Returns an event as one line; nothing for those that only repeat."""
+        if event.run not in self._views:
+            return f"{event.data['missed']:,} messages were missed." if event.type == "missed" else ""
+        line = self._views[event.run].line(event)
+        return line and f"{_short(event.run)}: {line}"
+
+    def drawn(self) -> RenderableType:
+        """Returns everything, for a terminal."""
+        from rich.console import Group as Parts
+        from rich.table import Table
+        from rich.text import Text
+
+        replicas = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        commands = []
+        for name, view in self._views.items():
+            newest = ", ".join(f"{metric} {values[-1]:.6g}" for metric, values in view.metrics.items() if values)
+            replicas.add_row(Text(view.headline(), style="bold"), f"revision {view.revision or 0}", newest)
+            commands += [f"{_short(name)}: {told}" for told in view.commands.values()]
+        parts: list[RenderableType] = [replicas]
+        if commands:
+            parts += [Text("\nlast commands", style="bold"), *map(Text, commands)]
+        return Parts(*parts)
+
+
+def _short(name: str) -> str:
+    return name.rpartition("@")[2]
 
 
 class _View:

@@ -6,19 +6,33 @@
 from __future__ import annotations
 
 from aetheria.client.aio import AsyncHub, AsyncRun
+from aetheria.client.group import AsyncGroup
 from aetheria.client.location import find_hub, hub_folder
-from aetheria.client.models import CommandOptions, CommandRefusedError, Event, KnobValues, NoAnswerError, RunStatus
-from aetheria.client.sync import Hub, Run, connect
+from aetheria.client.models import (
+    CommandOptions,
+    CommandRefusedError,
+    Event,
+    KnobValues,
+    NoAnswerError,
+    ReplicaOutcome,
+    ReplicasRefusedError,
+    RunStatus,
+)
+from aetheria.client.sync import Group, Hub, Run, connect
 
 __all__ = [
+    "AsyncGroup",
     "AsyncHub",
     "AsyncRun",
     "CommandOptions",
     "CommandRefusedError",
     "Event",
+    "Group",
     "Hub",
     "KnobValues",
     "NoAnswerError",
+    "ReplicaOutcome",
+    "ReplicasRefusedError",
     "Run",
     "RunStatus",
     "connect",

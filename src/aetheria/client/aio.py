@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
-import socket
 import time
-import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote
 
 import msgspec
 
+from aetheria.client.commands import POLL, AsyncCommands, made, send
+from aetheria.client.group import AsyncGroup
 from aetheria.client.location import find_hub
 from aetheria.client.models import (
-    CommandOptions,
     CommandRefusedError,
     Event,
     KnobValues,
@@ -24,18 +22,16 @@ from aetheria.client.models import (
     RunStatus,
     settled,
 )
-from aetheria.client.wire import LostError, Wire
+from aetheria.client.wire import Wire
 from aetheria.control.journal import Entry
 from aetheria.errors import HubError, RunFolderError, did_you_mean
-from aetheria.protocol import AnyCommand, Outcome, command_of, encode
+from aetheria.protocol import AnyCommand, Outcome
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 __all__ = ["AsyncHub", "AsyncRun"]
-
-_POLL = 20.0  # seconds that one question about an outcome waits at most
 
 
 class _Sent(msgspec.Struct):
@@ -103,30 +99,54 @@ class AsyncHub:
         return await self.wire.get("/api/v1/runs", list[RunStatus])
 
     async def replicas(self) -> list[dict[str, Any]]:
-        """Returns the processes that train, and their devices."""
+        """Returns the processes that train: "run", "id" of the replica, "name", "host", "devices", "connected", ..."""
         return await self.wire.get("/api/v1/replicas", list[dict[str, Any]])
 
-    async def run(self, name: str) -> AsyncRun:
+    async def run(self, name: str) -> AsyncRun | AsyncGroup:
         """Returns a run.
 
         Args:
-            name: any unambiguous part of its name, or "@last" for the newest.
+            name: any unambiguous part of its name, or "@last" for the newest. The name that several replicas have in
+                common is that of all of them; `<run>@<replica_id>` is one.
 
         Raises:
             RunFolderError: none fits, or more than one; the message lists them.
         """
-        names = [run.id for run in await self.runs()]
+        runs = await self.runs()
+        # What lies beside the others and has never been heard of can be looked at, and not be commanded.
+        groups = {run.group for run in runs if run.group and run.last_heartbeat is not None}
         if name == "@last":
-            if not names:
+            if not runs:
                 raise RunFolderError("this hub knows no runs yet. Start one: aetheria train CONFIG")
-            return AsyncRun(self, names[0])
-        fitting = [known for known in names if known == name] or [known for known in names if name and name in known]
+            name = runs[0].group if runs[0].group in groups else runs[0].id
+        names = [run.id for run in runs]
+        # A part of the name that replicas have in common means them all; any other part, one of them.
+        parts = [
+            run.group if run.group in groups and name in run.group else run.id
+            for run in runs
+            if name and name in run.id
+        ]
+        fitting = [known for known in (*groups, *names) if known == name] or list(dict.fromkeys(parts))
         if len(fitting) == 1:
-            return AsyncRun(self, fitting[0])
+            return AsyncGroup(self, fitting[0]) if fitting[0] in groups else self.run_called(fitting[0])
         if fitting:
             listed = ", ".join(fitting[:5]) + (", ..." if len(fitting) > 5 else "")
             raise RunFolderError(f"'{name}' fits {len(fitting)} runs: {listed}. Write more of the name, or @last.")
-        raise RunFolderError(f"this hub knows no run called '{name}'. {did_you_mean(name, names)}")
+        raise RunFolderError(f"this hub knows no run called '{name}'. {did_you_mean(name, [*groups, *names])}")
+
+    def run_called(self, run_id: str) -> AsyncRun:
+        """Returns a run by its whole name; the hub is asked for it only when something is wanted of it."""
+        return AsyncRun(self, run_id)
+
+    async def commands_of(self, path: str, last: int) -> list[tuple[AnyCommand, Outcome | None]]:
+        """Returns the newest commands that were sent to what lies at a path, oldest first, and how far they got."""
+
+        class Line(msgspec.Struct):
+            command: AnyCommand
+            outcome: Outcome | None
+
+        lines = await self.wire.get(f"{path}/commands", list[Line], params={"last": last})
+        return [(line.command, line.outcome) for line in lines]
 
     def watch(self, run: str | None = None, since: int | None = None) -> AsyncIterator[Event]:
         """Yields what happens, as it happens, and never ends by itself.
@@ -135,7 +155,7 @@ class AsyncHub:
         it no longer has everything, an event of the type "missed" says how much.
 
         Args:
-            run: only this one.
+            run: only this one, or the replicas of this one.
             since: begin behind this number of an earlier event; now, by default.
 
         Raises:
@@ -144,7 +164,7 @@ class AsyncHub:
         return self.wire.watch(run, since)
 
 
-class AsyncRun:
+class AsyncRun(AsyncCommands[Outcome]):
     """A run that is steered through a hub.
 
     Every command waits until the run says what came of it, and returns that: an `aetheria.protocol.Outcome`. The
@@ -167,67 +187,11 @@ class AsyncRun:
     def __repr__(self) -> str:
         return f"<run {self.id} at {self.hub.url}>"
 
+    def replica(self, replica_id: str) -> NoReturn:
+        """Raises `RunFolderError`: that is for a run of several replicas."""
+        raise RunFolderError(f"{self.id} is not a run of several replicas: there is no {replica_id!r} to choose.")
+
     # --- commands --------------------------------------------------------------------------------------------------
-    async def set(
-        self, values: Mapping[str, Any] | None = None, /, *, options: CommandOptions | None = None, **knobs: Any
-    ) -> Outcome:
-        """Gives knobs new values, all or none.
-
-        Args:
-            values: by knob; for those whose names Python does not take as keywords, such as "learning_rate.head".
-            options: see `CommandOptions`; `reason=...` and the others may also be given as keywords.
-            **knobs: values by knob.
-        """
-        given: dict[str, Any] = dict(options or {})
-        given |= {name: knobs.pop(name) for name in list(knobs) if name in CommandOptions.__annotations__}
-        return await self.command("set", {"values": {**(values or {}), **knobs}}, **given)
-
-    async def pause(self, **options: Unpack[CommandOptions]) -> Outcome:
-        """Lets the run wait at its next boundary."""
-        return await self.command("pause", **options)
-
-    async def resume(self, **options: Unpack[CommandOptions]) -> Outcome:
-        """Lets a paused run go on."""
-        return await self.command("resume", **options)
-
-    async def stop(self, snapshot: bool = True, **options: Unpack[CommandOptions]) -> Outcome:
-        """Ends the run, with a snapshot unless that is not wanted."""
-        return await self.command("stop", {"snapshot": snapshot}, **options)
-
-    async def run_for(
-        self, *, steps: int | None = None, epochs: int | None = None, **options: Unpack[CommandOptions]
-    ) -> Outcome:
-        """Lets the run go on for so many steps or epochs, and pause then."""
-        return await self.command("run_for", {"steps": steps, "epochs": epochs}, **options)
-
-    async def snapshot(self, name: str = "", pinned: bool = False, **options: Unpack[CommandOptions]) -> Outcome:
-        """Takes a snapshot; a pinned one is kept for ever."""
-        return await self.command("snapshot", {"name": name, "pinned": pinned}, **options)
-
-    async def rewind(self, step: int, **options: Unpack[CommandOptions]) -> Outcome:
-        """Goes back to the snapshot of a step."""
-        return await self.command("rewind", {"step": step}, **options)
-
-    async def validate(self, **options: Unpack[CommandOptions]) -> Outcome:
-        """Validates now; the outcome's `result` holds the metrics."""
-        return await self.command("validate", **options)
-
-    async def test(self, **options: Unpack[CommandOptions]) -> Outcome:
-        """Evaluates on the test data now."""
-        return await self.command("test", **options)
-
-    async def note(self, text: str, **options: Unpack[CommandOptions]) -> Outcome:
-        """Writes a note about this step."""
-        return await self.command("note", {"text": text}, **options)
-
-    async def health(self, check: str = "numerics", **options: Unpack[CommandOptions]) -> Outcome:
-        """Looks into the run: "numerics", "activations", "throughput", "determinism" or "ranks"."""
-        return await self.command("health", {"check": check}, **options)
-
-    async def ping(self, **options: Unpack[CommandOptions]) -> Outcome:
-        """Asks for a sign of life."""
-        return await self.command("ping", **options)
-
     async def command(
         self,
         op: str,
@@ -240,25 +204,20 @@ class AsyncRun:
         dry_run: bool = False,
         timeout: float = 30.0,
         id: str | None = None,  # noqa: A002
+        replicas: Sequence[str] = (),
     ) -> Outcome:
         """Sends any command and waits for its final outcome. See `AsyncRun`, and `aetheria.protocol`.
 
         Raises:
             CommandError, NoAnswerError, HubError: see `AsyncRun`.
+            RunFolderError: there is no such run; or replicas are named, of which it has none.
         """
-        command = command_of(
-            op,
-            args,
-            run=self.id,
-            id=id or uuid.uuid4().hex,
-            author=author or f"{getpass.getuser()}@{socket.gethostname()}",
-            reason=reason,
-            expect_revision=expect_revision,
-            not_after_step=not_after_step,
-            dry_run=dry_run,
-        )
+        if replicas:
+            self.replica(", ".join(replicas))
+        fields = {"reason": reason, "expect_revision": expect_revision, "not_after_step": not_after_step}
+        command = made(self.id, op, args, id=id, author=author, dry_run=dry_run, **fields)
         deadline = time.monotonic() + timeout
-        outcome = await self._send(command, deadline)
+        outcome = msgspec.json.decode(await send(self.hub.wire, self._path, command, deadline), type=_Sent).outcome
         if outcome is None or not settled(outcome, dry_run):
             outcome = await self.outcome(command.id, timeout=max(deadline - time.monotonic(), 0.0))
         if outcome is None or not settled(outcome, dry_run):
@@ -272,31 +231,6 @@ class AsyncRun:
         if outcome.state in ("rejected", "failed"):
             raise CommandRefusedError(outcome.message or f"{op} was {outcome.state}.", outcome)
         return outcome
-
-    async def _send(self, command: AnyCommand, deadline: float) -> Outcome | None:
-        """Returns how far the command got, if the run answered while the hub still held the request."""
-        headers = {"Content-Type": "application/json"}
-        path = f"{self._path}/commands"
-        sent = False
-        while True:
-            wait = min(max(deadline - time.monotonic(), 0.0), _POLL)
-            try:
-                answer = await self.hub.wire.request(
-                    "POST",
-                    path,
-                    content=encode(command),
-                    headers=headers,
-                    params={"wait": f"{wait:.3f}"},
-                    timeout=wait + 15.0,
-                )
-            except HubError as error:
-                # The hub may have taken it before it went away. The id makes sending it again harmless.
-                if not (sent or isinstance(error, LostError)) or time.monotonic() >= deadline:
-                    raise
-                sent = True
-                await asyncio.sleep(0.2)
-            else:
-                return msgspec.json.decode(answer.content, type=_Sent).outcome
 
     async def outcome(
         self,
@@ -313,7 +247,7 @@ class AsyncRun:
         path = f"{self._path}/commands/{_quoted(command_id)}"
         while True:
             left = max(deadline - time.monotonic(), 0.0)
-            wait = min(left, _POLL)
+            wait = min(left, POLL)
             try:
                 sent = await self.hub.wire.get(path, _Sent, params={"wait": f"{wait:.3f}"}, timeout=wait + 10.0)
             except HubError:
@@ -359,13 +293,7 @@ class AsyncRun:
 
     async def commands(self, last: int = 20) -> list[tuple[AnyCommand, Outcome | None]]:
         """Returns the newest commands that were sent through this hub, oldest first, and how far they got."""
-
-        class Line(msgspec.Struct):
-            command: AnyCommand
-            outcome: Outcome | None
-
-        lines = await self.hub.wire.get(f"{self._path}/commands", list[Line], params={"last": last})
-        return [(line.command, line.outcome) for line in lines]
+        return await self.hub.commands_of(self._path, last)
 
     async def journal(self) -> list[Entry]:
         """Returns the run's journal: every command and what came of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import msgspec
@@ -19,6 +19,8 @@ __all__ = [
     "KnobValues",
     "LastPoint",
     "NoAnswerError",
+    "ReplicaOutcome",
+    "ReplicasRefusedError",
     "RunStatus",
     "allowed_in_words",
     "settled",
@@ -53,6 +55,54 @@ class NoAnswerError(HubError, TimeoutError):
         self.outcome = outcome
 
 
+class ReplicaOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a command to several replicas, of one of them.
+
+    Attributes:
+        replica: its id.
+        run: by which name it is addressed alone.
+        command: the id of its own command, which follows from that of the request.
+        outcome: how far it got; None where the replica has not said anything.
+        problem: why it is not known, where that is known.
+    """
+
+    replica: str
+    run: str
+    command: str
+    outcome: Outcome | None = None
+    problem: str = ""
+
+    def settled(self, dry_run: bool) -> bool:
+        """Returns whether nothing more is to be waited for."""
+        return self.problem != "" or (self.outcome is not None and settled(self.outcome, dry_run))
+
+    def failure(self, op: str, dry_run: bool) -> str:
+        """Returns why it has not been done, in words; "" where it has."""
+        if self.problem:
+            return self.problem
+        if self.outcome is None:
+            return f"has not said anything yet. The {op} stands, and takes effect at its next boundary."
+        if not settled(self.outcome, dry_run):
+            return f"has {self.outcome.state} it, and is not done."
+        if self.outcome.state in ("rejected", "failed"):
+            return self.outcome.message or f"{op} was {self.outcome.state}."
+        return ""
+
+
+class ReplicasRefusedError(CommandError):
+    """A command to several replicas that not all of them have carried out. Those that have, have.
+
+    Attributes:
+        command: the id under which to ask again, or to send it again.
+        outcomes: what each of them said.
+    """
+
+    def __init__(self, message: str, command: str, outcomes: Sequence[ReplicaOutcome]) -> None:
+        super().__init__(message)
+        self.command = command
+        self.outcomes = list(outcomes)
+
+
 class CommandOptions(TypedDict, total=False):
     """What every command may be given.
 
@@ -64,6 +114,7 @@ class CommandOptions(TypedDict, total=False):
         dry_run: only find out whether it would be accepted.
         timeout: seconds to wait for the final outcome.
         id: the idempotency key; a new one by default.
+        replicas: of a run of several replicas, the ids of those that are meant; all of them by default.
     """
 
     reason: str
@@ -73,6 +124,7 @@ class CommandOptions(TypedDict, total=False):
     dry_run: bool
     timeout: float
     id: str
+    replicas: Sequence[str]
 
 
 class LastPoint(msgspec.Struct, frozen=True):
@@ -98,6 +150,10 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
         last_heartbeat: when it was last heard of, in seconds since 1970.
         connected: whether it can be commanded now.
         dropped: records lost on their way, by kind.
+        group: the name that it has in common with the other replicas of a run; "" where it has no others.
+        replica: which of them it is.
+        devices: what it trains on.
+        replicas: where it is a run of several replicas, each of them; otherwise none.
     """
 
     id: str
@@ -113,6 +169,10 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
     last_heartbeat: float | None = None
     connected: bool = False
     dropped: dict[str, int] = {}
+    group: str = ""
+    replica: str = ""
+    devices: list[str] = []
+    replicas: list[RunStatus] = []
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

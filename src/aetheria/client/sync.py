@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import threading
 import weakref
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Unpack
 
 from aetheria.client.aio import AsyncHub, AsyncRun
-from aetheria.client.models import CommandOptions, Event, KnobValues, RunStatus
+from aetheria.client.blocking import Commands
+from aetheria.client.group import AsyncGroup
+from aetheria.client.models import CommandOptions, Event, KnobValues, ReplicaOutcome, RunStatus
 from aetheria.control.journal import Entry
 from aetheria.protocol import AnyCommand, Outcome
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Hub", "Run", "connect"]
+__all__ = ["Group", "Hub", "Run", "connect"]
 
 Result = TypeVar("Result")
 
@@ -132,19 +134,21 @@ class Hub:
         return self._loop.run(self.aio.runs())
 
     def replicas(self) -> list[dict[str, Any]]:
-        """Returns the processes that train, and their devices."""
+        """Returns the processes that train: "run", "id" of the replica, "name", "host", "devices", "connected", ..."""
         return self._loop.run(self.aio.replicas())
 
-    def run(self, name: str) -> Run:
+    def run(self, name: str) -> Run | Group:
         """Returns a run.
 
         Args:
-            name: any unambiguous part of its name, or "@last" for the newest.
+            name: any unambiguous part of its name, or "@last" for the newest. The name that several replicas have in
+                common is that of all of them; `<run>@<replica_id>` is one.
 
         Raises:
             RunFolderError: none fits, or more than one; the message lists them.
         """
-        return Run(self, self._loop.run(self.aio.run(name)))
+        found = self._loop.run(self.aio.run(name))
+        return Group(self, found) if isinstance(found, AsyncGroup) else Run(self, found)
 
     def watch(self, run: str | None = None, since: int | None = None) -> Iterator[Event]:
         """Yields what happens, as it happens; see `AsyncHub.watch`."""
@@ -178,7 +182,7 @@ async def _finish(source: Any) -> None:
             await asyncio.sleep(0.01)
 
 
-class Run:
+class Run(Commands):
     """A run that is steered through a hub.
 
     Every command waits until the run says what came of it and returns that, an `aetheria.protocol.Outcome`; with
@@ -189,6 +193,8 @@ class Run:
     - `NoAnswerError`: the time was over. The command stands;
     - `HubError`: the hub cannot be reached.
     """
+
+    aio: AsyncRun
 
     def __init__(self, hub: Hub, aio: AsyncRun) -> None:
         self.hub = hub
@@ -202,77 +208,11 @@ class Run:
         """The run's name."""
         return self.aio.id
 
-    # --- commands --------------------------------------------------------------------------------------------------
-    def set(self, values: Mapping[str, Any] | None = None, /, *, wait: bool = True, **knobs: Any) -> Any:
-        """Gives knobs new values, all or none: `run.set(learning_rate=1e-4, reason="plateau")`.
+    def replica(self, replica_id: str) -> NoReturn:
+        """Raises `RunFolderError`: that is for a run of several replicas."""
+        self.aio.replica(replica_id)
 
-        Args:
-            values: by knob; for those whose names Python does not take as keywords, such as "learning_rate.head".
-            wait: for the final outcome.
-            **knobs: values by knob, and the options that every command takes.
-        """
-        return self._do(self.aio.set(values, **knobs), wait)
-
-    def pause(self, *, wait: bool = True, **options: Unpack[CommandOptions]) -> Any:
-        """Lets the run wait at its next boundary."""
-        return self._do(self.aio.pause(**options), wait)
-
-    def resume(self, *, wait: bool = True, **options: Unpack[CommandOptions]) -> Any:
-        """Lets a paused run go on."""
-        return self._do(self.aio.resume(**options), wait)
-
-    def stop(self, snapshot: bool = True, *, wait: bool = True, **options: Unpack[CommandOptions]) -> Any:
-        """Ends the run, with a snapshot unless that is not wanted."""
-        return self._do(self.aio.stop(snapshot, **options), wait)
-
-    def run_for(
-        self,
-        *,
-        steps: int | None = None,
-        epochs: int | None = None,
-        wait: bool = True,
-        **options: Unpack[CommandOptions],
-    ) -> Any:
-        """Lets the run go on for so many steps or epochs, and pause then."""
-        return self._do(self.aio.run_for(steps=steps, epochs=epochs, **options), wait)
-
-    def snapshot(
-        self, name: str = "", pinned: bool = False, *, wait: bool = True, **options: Unpack[CommandOptions]
-    ) -> Any:
-        """Takes a snapshot; a pinned one is kept for ever."""
-        return self._do(self.aio.snapshot(name, pinned, **options), wait)
-
-    def rewind(self, step: int, *, wait: bool = True, **options: Unpack[CommandOptions]) -> Any:
-        """Goes back to the snapshot of a step."""
-        return self._do(self.aio.rewind(step, **options), wait)
-
-    def validate(self, *, wait: bool = True, **options: Unpack[CommandOptions]) -> Any:
-        """Validates now; the outcome's `result` holds the metrics."""
-        return self._do(self.aio.validate(**options), wait)
-
-    def test(self, *, wait: bool = True, **options: Unpack[CommandOptions]) -> Any:
-        """Evaluates on the test data now."""
-        return self._do(self.aio.test(**options), wait)
-
-    def note(self, text: str, *, wait: bool = True, **options: Unpack[CommandOptions]) -> Any:
-        """Writes a note about this step."""
-        return self._do(self.aio.note(text, **options), wait)
-
-    def health(self, check: str = "numerics", *, wait: bool = True, **options: Unpack[CommandOptions]) -> Any:
-        """Looks into the run: "numerics", "activations", "throughput", "determinism" or "ranks"."""
-        return self._do(self.aio.health(check, **options), wait)
-
-    def ping(self, *, wait: bool = True, **options: Unpack[CommandOptions]) -> Any:
-        """Asks for a sign of life."""
-        return self._do(self.aio.ping(**options), wait)
-
-    def command(
-        self, op: str, args: dict[str, Any] | None = None, *, wait: bool = True, **options: Unpack[CommandOptions]
-    ) -> Any:
-        """Sends any command of `aetheria.protocol`."""
-        return self._do(self.aio.command(op, args, **options), wait)
-
-    def _do(self, work: Coroutine[Any, Any, Outcome], wait: bool) -> Any:
+    def _do(self, work: Coroutine[Any, Any, Any], wait: bool) -> Any:
         return self.hub._loop.run(work) if wait else self.hub._loop.start(work)
 
     # --- looking ---------------------------------------------------------------------------------------------------
@@ -318,3 +258,85 @@ class Run:
     def watch(self, since: int | None = None) -> Iterator[Event]:
         """Yields what happens in this run, as it happens; see `AsyncHub.watch`."""
         return self.hub.watch(self.id, since)
+
+
+class Group(Commands):
+    """A run of several replicas: trainings that know nothing of one another, and are told things together.
+
+    A command goes to all of them that have not been completed or stopped, or to those that `replicas=["a", "b"]` names,
+    and returns a dictionary: the outcome of each, by its id. With `wait=False` it returns a future of that. Each
+    carries it out at a step of its own, or refuses it; between them nothing is atomic. What is raised is that of
+    `aetheria.client.AsyncGroup`, `ReplicasRefusedError` where not all have carried it out.
+    """
+
+    aio: AsyncGroup
+
+    def __init__(self, hub: Hub, aio: AsyncGroup) -> None:
+        self.hub = hub
+        self.aio = aio
+
+    def __repr__(self) -> str:
+        return f"<run {self.id} of several replicas at {self.hub.url}>"
+
+    @property
+    def id(self) -> str:
+        """The name that the replicas have in common."""
+        return self.aio.id
+
+    def replica(self, replica_id: str) -> Run:
+        """Returns one replica, which is a run like any other."""
+        return Run(self.hub, self.aio.replica(replica_id))
+
+    @property
+    def replicas(self) -> list[RunStatus]:
+        """Each replica as the hub sees it now."""
+        return self.status.replicas
+
+    def ask(
+        self, op: str, args: dict[str, Any] | None = None, **options: Unpack[CommandOptions]
+    ) -> tuple[str, list[ReplicaOutcome]]:
+        """Sends any command, and returns what came of it, whatever that is: its id, and what each replica says."""
+        return self.hub._loop.run(self.aio.ask(op, args, **options))
+
+    def _do(self, work: Coroutine[Any, Any, Any], wait: bool) -> Any:
+        return self.hub._loop.run(work) if wait else self.hub._loop.start(work)
+
+    # --- looking ---------------------------------------------------------------------------------------------------
+    @property
+    def status(self) -> RunStatus:
+        """The run as the hub sees it now, with each of its `replicas`."""
+        return self.hub._loop.run(self.aio.status())
+
+    def commands(self, last: int = 20) -> list[tuple[AnyCommand, Outcome | None]]:
+        """Returns the newest commands of all replicas, oldest first, and how far they got; `run` says whose it is."""
+        return self.hub._loop.run(self.aio.commands(last))
+
+    def outcomes(self, command_id: str, timeout: float = 0.0) -> list[ReplicaOutcome]:
+        """Returns how far a command got with each replica; the final outcomes, if they come in `timeout` seconds."""
+        return self.hub._loop.run(self.aio.outcomes(command_id, timeout))
+
+    def watch(self, since: int | None = None) -> Iterator[Event]:
+        """Yields what happens in any of the replicas, as it happens; see `AsyncHub.watch`."""
+        return self.hub.watch(self.id, since)
+
+    @property
+    def knobs(self) -> NoReturn:
+        """Raises `RunFolderError`: each replica has its own."""
+        self.hub._loop.run(self.aio.knobs())
+
+    @property
+    def journal(self) -> NoReturn:
+        """Raises `RunFolderError`: each replica has its own."""
+        self.hub._loop.run(self.aio.journal())
+
+    def metrics(self, name: str, *, from_step: int | None = None, points: int | None = None) -> NoReturn:
+        """Raises `RunFolderError`: each replica has its own."""
+        self.hub._loop.run(self.aio.metrics(name))
+
+    def outcome(self, command_id: str, timeout: float = 0.0) -> NoReturn:
+        """Raises `RunFolderError`: each replica has its own; see `outcomes`."""
+        self.hub._loop.run(self.aio.outcome(command_id))
+
+    def events(self, last: int = 1000) -> NoReturn:
+        """Raises `RunFolderError`: each replica has its own."""
+        self.hub._loop.run(self.aio.events(last))

@@ -61,6 +61,8 @@ class Declaring(ABC):
             [] if scheduler is None else list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler]
         )
         self._add(*optimizer_knobs(lambda: optimizer, lambda: schedulers))
+        found = {str(parameter.device) for group in optimizer.param_groups for parameter in group["params"]}
+        self.register_device(*sorted(found - {"meta"}))
         self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.step()))
         return self
 
@@ -162,8 +164,11 @@ class Declaring(ABC):
         return declare
 
     def register_device(self, *devices: str) -> Self:
-        """Says which devices this replica trains on, for instance "cuda:0"; before `start`."""
-        self._devices += devices
+        """Says which devices this process trains on, for instance "cuda:0"; before `start`.
+
+        Those that hold the parameters of watched optimisers are known without it.
+        """
+        self._devices += [device for device in dict.fromkeys(devices) if device not in self._devices]
         return self
 
     def describe(self) -> str:

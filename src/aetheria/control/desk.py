@@ -122,15 +122,16 @@ class Desk:
         return done
 
     # --- an earlier life -------------------------------------------------------------------------------------------
-    def continue_from(self, position: int) -> None:
+    def continue_from(self, position: int, stops_passed: int = 0) -> None:
         """Plans what lies behind the snapshot from which this life begins.
 
         Args:
             position: the journal position that the snapshot remembers.
+            stops_passed: see `Journal.behind`.
         """
         self._planned = [
             (Boundary(accepted.step, accepted.epoch, accepted.window), command, latest)
-            for accepted, command, latest in self.journal.behind(position)
+            for accepted, command, latest in self.journal.behind(position, stops_passed)
         ]
 
     def plan(self, commands: Iterable[tuple[Boundary, AnyCommand]]) -> None:

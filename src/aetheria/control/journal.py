@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from aetheria.errors import RunFolderError
-from aetheria.protocol import AnyCommand, Outcome, Rewind
+from aetheria.protocol import AnyCommand, Outcome, Rewind, Stop
 from aetheria.runs import fsync_directory
 
 __all__ = ["Entry", "Journal", "effective", "read_journal"]
@@ -146,11 +146,12 @@ class Journal:
         found = self._commands.get(command_id)
         return None if found is None else found[1]
 
-    def behind(self, position: int) -> list[tuple[Outcome, AnyCommand, Outcome]]:
+    def behind(self, position: int, stops_passed: int = 0) -> list[tuple[Outcome, AnyCommand, Outcome]]:
         """Returns what must be done again, or finished, by a run that continues from a snapshot.
 
         Args:
             position: the journal position of the snapshot.
+            stops_passed: a stop among so many lines has had its effect: the run ended, and somebody went on with it.
 
         Returns:
             For each command accepted after it and neither refused nor failed: its acceptance, which says the boundary
@@ -162,6 +163,8 @@ class Journal:
             command = entry.command
             assert command is not None
             latest = self._outcomes[command.id]
+            if isinstance(command, Stop) and entry.seq <= stops_passed and latest.state == "applied":
+                continue
             if latest.state == "accepted" or (latest.state == "applied" and command.changes_training):
                 found.append((entry.outcome, command, latest))
         for seq, command in self._commands.values():

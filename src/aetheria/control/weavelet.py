@@ -14,6 +14,7 @@ from typing import Any, Literal
 from loguru import logger
 
 from aetheria.control.desk import Action, Boundary, Desk
+from aetheria.control.folders import open_folder, settle
 from aetheria.control.journal import Journal
 from aetheria.control.line import NoLine
 from aetheria.control.log_buffer import LogBuffer
@@ -24,7 +25,7 @@ from aetheria.control.together import Others, Together
 from aetheria.errors import AetheriaError
 from aetheria.loom.link import Link
 from aetheria.protocol import Note, Outcome, Set, Stop, encode
-from aetheria.runs import RunFolder
+from aetheria.replicas import check_replica_id
 
 __all__ = ["TrainingStopped", "Weavelet"]
 
@@ -52,8 +53,9 @@ class Weavelet(Reporting):
     step on all of them, or on none.
 
     Args:
-        replica_id: which replica this is, where several train one model.
-        run: the beginning of the run folder's name; the script's name by default.
+        replica_id: which replica this is of the run, where trainings belong together that know nothing of one another.
+            Its folder is `<run>@<replica_id>`, and it comes back to it when it is started again.
+        run: the beginning of the run folder's name; the script's name by default. All replicas of a run give the same.
         hub: "auto" (the hub of this machine, whenever there is one) or "off".
         optimizer: whose steps are counted, and whose learning rate can be set; see `watch`.
         scheduler: what moves that learning rate, one or several: a value that is set rescales it.
@@ -78,6 +80,8 @@ class Weavelet(Reporting):
         line: Any = None,
     ) -> None:
         super().__init__()
+        if replica_id != "":
+            check_replica_id(replica_id)
         self.replica_id = replica_id
         self._name = run or Path(sys.argv[0]).stem or "run"
         self._hub = hub
@@ -105,13 +109,13 @@ class Weavelet(Reporting):
 
     # --- from start to stop ----------------------------------------------------------------------------------------
     def start(self) -> Weavelet:
-        """Makes the run folder and starts the process that sends and writes; finds the other ranks, if there are any.
+        """Opens the run folder and starts the process that sends and writes; finds the other ranks, if there are any.
 
         Where the environment says that there will be several ranks, and there is no process group yet, they find one
         another at the end of the first step at which there is. Commands that have come until then wait for it.
 
         Raises:
-            RunFolderError: the folder cannot be made.
+            RunFolderError: the folder cannot be made, or another process trains as the same replica.
             RankError: another rank has not started its Weavelet, or has failed.
         """
         if self._started:
@@ -134,20 +138,22 @@ class Weavelet(Reporting):
         return self
 
     def _open(self) -> None:
-        self._folder = RunFolder.create(self._runs_dir, self._name, seed=None, config={})
-        self._folder.acquire()
-        self._folder.update(status="running")
+        self._folder, member = open_folder(self._runs_dir, self._name, self.replica_id)
         self._identity = self._folder.run_id, self._folder.path
         self._journal = Journal(self._folder.path / "journal.jsonl")
+        left = settle(self._journal)
         self._link = self._line or Link(
             self._folder.path,
             self.run_id,
             hub=self._hub,
             record=True,
             start_step=self.global_step,
-            replica=self.replica_id,
+            group=member.group,
+            replica=member.replica,
             devices=self._devices,
         )
+        for outcome in left:
+            self._link.tell("ack", encode(outcome))
         self._buffer = LogBuffer(self._link)
         self._desk = Desk(self.run_id, self._journal, self.knobs, self._actions, self._tell)
         if not self._others.awaited:

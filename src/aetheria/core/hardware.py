@@ -101,6 +101,7 @@ class Accelerator(ABC):
     local_rank: int = 0
     world_size: int = 1
     sharded: bool = False  # whether each rank holds a part of every weight: `aetheria.core.shards`
+    tensor_parallel: int = 1  # ranks next to one another that compute the same samples together, each a part of a layer
     sync_every: int | None = None  # windows between two exchanges of ranks that train apart; None: each step is of all
     team: Any = None  # the ranks that write snapshots together, where sharded: `aetheria.snapshot.sharded.Team`
     ranks: Any = None  # what several ranks talk to one another with: `aetheria.control.agreement.Group`
@@ -114,6 +115,16 @@ class Accelerator(ABC):
     def is_main_process(self) -> bool:
         """Whether this is global rank 0, which alone writes the run folder."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the samples this rank takes, from 0; that of every rank that computes them with it."""
+        return self.rank // self.tensor_parallel
+
+    @property
+    def data_ranks(self) -> int:
+        """How many shares there are."""
+        return self.world_size // self.tensor_parallel
 
     # --- the model -------------------------------------------------------------------------------------------------
     def setup(self, model: AetherModel) -> None:
@@ -298,6 +309,9 @@ class Accelerator(ABC):
     def generator_state(self) -> Tensor | None:
         """Returns the state of the device's random generator; None where it is the CPU's."""
         return None
+
+    def seed_generator(self, key: int) -> None:  # noqa: B027 - a hook
+        """Seeds the device's random generator with 64 bits; that of the CPU is not the accelerator's to seed."""
 
     def set_generator_state(self, state: Tensor) -> None:  # noqa: B027 - a hook
         """Restores the state of the device's random generator."""

@@ -112,7 +112,7 @@ def prepare_loaders(data: AetherDataModule, config: TrainingConfig, accelerator:
     Raises:
         DataError: a loader is empty, smaller than a batch, or something else than a loader.
     """
-    share = accelerator.rank, accelerator.world_size
+    share = accelerator.data_rank, accelerator.data_ranks
     with isolated_generators(mix(config.seed, DATA_STREAM)):
         accelerator.once_per_node(data.prepare_data)
         data.setup()
@@ -129,7 +129,7 @@ def prepare_loaders(data: AetherDataModule, config: TrainingConfig, accelerator:
         "train",
         window_batches=config.grad_accumulation_steps,
         limit=config.limit_train_batches,
-        expected_batch_size=config.micro_batch_size(accelerator.world_size),
+        expected_batch_size=config.micro_batch_size(accelerator.data_ranks),
     )
     warnings = [train.warning] if train.warning else []
     if config.overfit_batches is not None:

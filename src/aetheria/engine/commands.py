@@ -98,7 +98,7 @@ class CommandedRun(RunContext):
 
     def _take_over(self, restored: Restored) -> None:
         self.state = LoopState.from_state(restored.loop)
-        if restored.ranks != self.accelerator.world_size and self.state.cursor.batches:
+        if restored.ranks != self.accelerator.data_ranks and self.state.cursor.batches:
             self._train.continued(self.state.cursor, restored.ranks)
 
     def validate_now(self) -> dict[str, float]:
@@ -112,7 +112,7 @@ class CommandedRun(RunContext):
         loader = self.data.test_dataloader()
         if loader is None:
             raise CommandError("this run has no test data: test_dataloader() returns None.")
-        share = self.accelerator.rank, self.accelerator.world_size
+        share = self.accelerator.data_rank, self.accelerator.data_ranks
         source = prepare_loader(
             loader, role="test", seed=self.config.seed, seed_samples=self.config.sample_seeding, share=share
         )

@@ -69,9 +69,11 @@ def evaluate(
     """
     means = MetricMeans(accelerator)
     device_generator = accelerator.generator_state()
+    key = mix(seed, EVALUATION_STREAM)
     count = 0
     try:
-        with evaluating(model, accelerator.sharded), isolated_generators(mix(seed, EVALUATION_STREAM)):
+        accelerator.seed_generator(key)
+        with evaluating(model, accelerator.sharded), isolated_generators(key):
             for batch in accelerator.prepare_dataloader(source.iterate(Cursor())):
                 if interrupted():
                     return None

@@ -138,7 +138,9 @@ def _one_batch(run: Patient) -> Iterator[Any]:
     state = run.accelerator.generator_state()
     try:
         accelerator = run.accelerator
-        generators = isolated_generators(mix(0, EVALUATION_STREAM))
+        key = mix(0, EVALUATION_STREAM)
+        accelerator.seed_generator(key)
+        generators = isolated_generators(key)
         with evaluating(run.model, accelerator.sharded), generators, accelerator.forward_context():
             yield run.accelerator.process_batch(next(iter(run._val.iterate(Cursor()))).data)
     finally:

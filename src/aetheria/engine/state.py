@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from aetheria.core import Accelerator, AetherModel
-from aetheria.core.shards import cut_like, is_sharded
+from aetheria.core.shards import as_part_of, cut_like, is_sharded, part_of
 from aetheria.data import BatchSource
 from aetheria.data.order import mix
 from aetheria.data.randomness import GeneratorStates, isolated_generators
@@ -41,7 +41,7 @@ class Restored(NamedTuple):
         loop: the loop's own state.
         restore_generators: to be called when nothing else will draw from them before the first step.
         position: of the journal when it was taken.
-        ranks: how many have trained until then.
+        ranks: among how many the samples were shared until then.
         warnings: what could not be put back as it was.
     """
 
@@ -136,7 +136,9 @@ class RunParts:
         Raises:
             SnapshotMismatchError: the snapshot is of another model or another optimiser.
         """
-        state, rank_state = snapshot.state(self._part if self.accelerator.sharded else None), self._rank_state(snapshot)
+        state = snapshot.state(self._part if self.accelerator.sharded else None)
+        together = state["accelerator"].get("tensor_parallel", 1)
+        rank_state = self._rank_state(snapshot, together)
         steering = state.get("steering", {"position": 0, "knobs": {}})
         knobs = {key: value for key, value in steering["knobs"].items() if key not in overridden}
         warnings = self.steering.knobs.restore(knobs, structural=True)
@@ -161,14 +163,24 @@ class RunParts:
             GeneratorStates.from_plain(rank_state["generators"]).restore()
             if isinstance(device := rank_state["device_generator"], Tensor):
                 self.accelerator.set_generator_state(device)
+            else:  # of other ranks, or of another device
+                self.accelerator.seed_generator(self._elastic_key(snapshot))
 
         ranks = snapshot.manifest.world_size
-        if ranks != self.accelerator.world_size:
+        if not self._arranged_like(ranks, together):
+            here_are = _arrangement(self.accelerator.world_size, self.accelerator.tensor_parallel)
             warnings.append(
-                f"the snapshot is of {ranks} ranks, and is continued by {self.accelerator.world_size}: in the same "
+                f"the snapshot is of {_arrangement(ranks, together)}, and is continued by {here_are}: in the same "
                 "order of samples, but a model that draws (dropout) draws anew"
             )
-        return Restored(state["loop"], restore_generators, steering["position"], ranks, warnings)
+        return Restored(state["loop"], restore_generators, steering["position"], ranks // together, warnings)
+
+    def _arranged_like(self, ranks: int, together: int) -> bool:
+        return (ranks, together) == (self.accelerator.world_size, self.accelerator.tensor_parallel)
+
+    def _elastic_key(self, snapshot: Snapshot) -> int:
+        """Returns what generators are seeded with whose states nobody has saved."""
+        return mix(snapshot.manifest.step, ELASTIC_STREAM, self.accelerator.data_ranks, self.accelerator.data_rank)
 
     def _part(self, _name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return self.accelerator.new_shard(shape, dtype)
@@ -180,22 +192,25 @@ class RunParts:
         own, _ = model_tensors(self.model)
 
         def place(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-            cut = is_sharded(own.get(name))
-            return self.accelerator.new_shard(shape, dtype) if cut else torch.empty(shape, dtype=dtype)
+            ours = own.get(name)
+            if ours is None or not is_sharded(ours):
+                return torch.empty(shape, dtype=dtype)
+            if ours.shape != shape:
+                return self.accelerator.new_shard(shape, dtype)  # it is refused when all names and shapes are known
+            return as_part_of(ours, torch.empty_like(part_of(ours), dtype=dtype))
 
         return snapshot.weights(place)
 
-    def _rank_state(self, snapshot: Snapshot) -> dict[str, Any]:
-        """Returns this rank's state; of another number of ranks, what they had together is the first one's now."""
-        ranks, rank = snapshot.manifest.world_size, self.accelerator.rank
-        if ranks == self.accelerator.world_size:
-            return snapshot.rank_state(rank)
-        states = [snapshot.rank_state(number) for number in range(ranks)]
-        key = mix(snapshot.manifest.step, ELASTIC_STREAM, self.accelerator.world_size, rank)
-        with isolated_generators(key):
+    def _rank_state(self, snapshot: Snapshot, together: int) -> dict[str, Any]:
+        """Returns this rank's state; where ranks were arranged otherwise, what they had is the first share's now."""
+        ranks, share = snapshot.manifest.world_size, self.accelerator.data_rank
+        if self._arranged_like(ranks, together):
+            return snapshot.rank_state(self.accelerator.rank)
+        states = [snapshot.rank_state(number) for number in range(0, ranks, together)]  # one of each share
+        with isolated_generators(self._elastic_key(snapshot)):
             generators = GeneratorStates.capture().to_plain()
         means: dict[str, Any] = {"reading": {}, "epoch": {}}
-        if rank == 0:
+        if share == 0:
             means = {kept: _added_up([state["means"][kept] for state in states]) for kept in means}
         own = self.accelerator.combined([state.get("accelerator", {}) for state in states])
         return states[0] | {"generators": generators, "device_generator": None, "means": means, "accelerator": own}
@@ -204,6 +219,10 @@ class RunParts:
 def _added_up(parts: list[dict[str, Any]]) -> dict[str, Any]:
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: tuple(map(sum, zip(*(part[name] for part in parts if name in part), strict=True))) for name in names}
+
+
+def _arrangement(ranks: int, together: int) -> str:
+    return f"{ranks} ranks" + (f" (tensor_parallel: {together})" if together > 1 else "")
 
 
 def _circumstances() -> dict[str, str]:

@@ -47,6 +47,7 @@ def open_together(
                 "snapshot": None if opened.snapshot is None else str(opened.snapshot.path.absolute()),
                 "continues": opened.continues,
                 "overridden": sorted(opened.overridden),
+                "stops_passed": opened.stops_passed,
             }
         ).encode()
 
@@ -55,7 +56,7 @@ def open_together(
         return opened
     snapshot = None if said["snapshot"] is None else Snapshot(Path(said["snapshot"]))
     folder = _SeenFolder(Path(said["folder"]))
-    return OpenedRun(folder, snapshot, [], said["continues"], frozenset(said["overridden"]))
+    return OpenedRun(folder, snapshot, [], said["continues"], frozenset(said["overridden"]), said["stops_passed"])
 
 
 def check_alike(accelerator: Accelerator, config: TrainingConfig, model: AetherModel) -> None:
@@ -82,7 +83,8 @@ def check_alike(accelerator: Accelerator, config: TrainingConfig, model: AetherM
 def fingerprints(accelerator: Accelerator, model: AetherModel) -> list[str]:
     """Returns a digest of each rank's weights, which must be the same bits; buffers are the first rank's to say.
 
-    Of sharded weights there is one copy, of which every rank computes the fingerprint from all parts.
+    Of sharded weights there is one copy, of which every rank computes the fingerprint from all parts; of what ranks
+    that compute together have whole, each has its own.
     """
     with accelerator.shared_weights(model):  # between two exchanges ranks that train apart have others besides
         own = fingerprint(dict(model.named_parameters()))

@@ -104,7 +104,7 @@ class WindowRunner:
         self._optimizer = optimizer
         self._accelerator = accelerator
         self._apart = accelerator.sync_every is not None  # then a rank's window is its own
-        self._ranks = 1 if self._apart else accelerator.world_size
+        self._ranks = 1 if self._apart else accelerator.data_ranks
         self._sharded = accelerator.sharded
         self._hooks = hooks
         self._training_step = training_step
@@ -247,7 +247,7 @@ class _WeightSum:
 
     def exchange(self) -> None:
         """Begins to add up over the ranks. Without weights of the model's own the sum is known: all samples."""
-        if self.weighted and self._accelerator.world_size > 1 and self._accelerator.sync_every is None:
+        if self.weighted and self._accelerator.data_ranks > 1 and self._accelerator.sync_every is None:
             own = self._own if isinstance(self._own, Tensor) else torch.tensor(self._own, dtype=torch.float64)
             self._arriving = self._accelerator.sum_later(own.reshape(1).clone())
 
@@ -256,6 +256,8 @@ class _WeightSum:
         if self._arriving is None:
             return self._own
         found = self._arriving()[0]
+        if (copies := self._accelerator.tensor_parallel) > 1:
+            found = found / copies  # each of them has told the same
         return float(found) if found.device.type == "cpu" else found
 
 

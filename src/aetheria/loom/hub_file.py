@@ -98,7 +98,7 @@ def register(address: HubAddress, run: str, said: dict[str, Any], timeout: float
     Args:
         address: of the hub.
         run: the run's name.
-        said: about it: folder, replica, devices, pid, host.
+        said: about it: folder, group and replica, devices, pid, host.
         timeout: seconds.
 
     Raises:

@@ -53,6 +53,7 @@ class Link:
         hub: Literal["auto", "off"] | Path = "auto",
         record: bool = False,
         start_step: int = 0,
+        group: str = "",
         replica: str = "",
         devices: Sequence[str] = (),
     ) -> None:
@@ -65,14 +66,16 @@ class Link:
                 off and nothing is to be recorded, there is no sidecar.
             record: whether the sidecar also writes `folder/run.db`; otherwise the caller does.
             start_step: the step from which this life of the run continues.
-            replica: which process of the run this is.
+            group: the name that the replicas of a run have in common; "" where it has no others.
+            replica: which of them this is.
             devices: what it trains on.
         """
         self._region = Region.create()
         self.word = self._region.word
         self._folder = folder = folder.absolute()
         self._needed = record or hub != "off"
-        self._arguments = ["--run", run, "--folder", str(folder), "--hub", str(hub), "--replica", replica]
+        self._arguments = ["--run", run, "--folder", str(folder), "--hub", str(hub)]
+        self._arguments += [f"--group={group}", f"--replica={replica}"]
         self._arguments += ["--start-step", str(start_step), *(f"--device={device}" for device in devices)]
         self._arguments += ["--record"] if record else []
         self._record = record

@@ -51,7 +51,7 @@ class MetricBatch(msgspec.Struct, kw_only=True, frozen=True):
     """Metrics of some steps, the oldest first. Travels as msgpack, on `weave.v1.<run>.metric`.
 
     Attributes:
-        replica: which process of the run they come from; "" where it has only one.
+        replica: which of the run's replicas they come from; "" where it has no others.
         points: the metrics.
         dropped: how many points this run could not deliver so far: the hub was away, and the ring was full.
     """
@@ -65,7 +65,7 @@ class Heartbeat(msgspec.Struct, kw_only=True, frozen=True):
     """A sign of life, once a second. Travels as JSON, on `weave.v1.<run>.hb`; nobody keeps it.
 
     Attributes:
-        replica: which process of the run it comes from.
+        replica: which of the run's replicas it comes from; "" where it has no others.
         host: the machine.
         pid: the training process.
         sidecar: the process that sends this.

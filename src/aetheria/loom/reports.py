@@ -125,7 +125,7 @@ class Reporting:
         Args:
             region: the shared memory.
             deliveries: told the outcomes that have been stored.
-            replica: which process of the run this is.
+            replica: which of the run's replicas this is; "" where it has no others.
         """
         self._region = region
         self._deliveries = deliveries

@@ -56,7 +56,8 @@ class Settings(NamedTuple):
         hub: "auto", "off", or a path.
         record: whether to write `run.db`.
         start_step: the step from which this life of the run continues.
-        replica: which process of the run this is for.
+        group: the name that the replicas of the run have in common; "" where it has no others.
+        replica: which of them this is.
         devices: what it trains on.
         by_polling: watch the parent without a pidfd.
     """
@@ -68,6 +69,7 @@ class Settings(NamedTuple):
     hub: str = "auto"
     record: bool = False
     start_step: int = 0
+    group: str = ""
     replica: str = ""
     devices: tuple[str, ...] = ()
     by_polling: bool = False
@@ -223,6 +225,7 @@ class Sidecar:
         settings = self._settings
         said = {
             "folder": str(settings.folder),
+            "group": settings.group,
             "replica": settings.replica,
             "devices": list(settings.devices),
             "pid": settings.parent,
@@ -352,6 +355,7 @@ def _arguments() -> Settings:
     parser.add_argument("--hub", default="auto")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--start-step", type=int, default=0)
+    parser.add_argument("--group", default="")
     parser.add_argument("--replica", default="")
     parser.add_argument("--device", action="append", default=[])
     parser.add_argument("--by-polling", action="store_true")

@@ -17,13 +17,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from aetheria.core.shards import is_sharded, part_of
+from aetheria.core.shards import as_part_of, is_sharded, part_of
 from aetheria.errors import SnapshotError
 from aetheria.runs import fsync_directory
 from aetheria.snapshot.format import (
@@ -114,7 +114,8 @@ class _Staging:
 
     def _copied(self, tensor: Tensor, place: _Place) -> Tensor:
         if is_sharded(tensor):
-            return _like(tensor, self._copied(part_of(tensor), place))
+            part = self._copied(part_of(tensor), place)
+            return as_part_of(tensor, part, _in_host_memory(tensor.device_mesh))  # type: ignore[attr-defined]
         if tensor.layout is not torch.strided:  # sparse: of another size each time
             return tensor.detach().to("cpu", copy=True)
         buffer = self._buffers.get(place)
@@ -126,16 +127,10 @@ class _Staging:
         return buffer
 
 
-def _like(sharded: Any, part: Tensor) -> Tensor:
-    """Returns a copy of this rank's part as a sharded tensor in host memory."""
-    layout = {"shape": sharded.shape, "stride": sharded.stride(), "run_check": False}
-    mesh = _in_host_memory(sharded.device_mesh)
-    return cast("Tensor", type(sharded).from_local(part, mesh, sharded.placements, **layout))
-
-
 @lru_cache(maxsize=8)
 def _in_host_memory(mesh: Any) -> Any:
-    return mesh if mesh.device_type == "cpu" else type(mesh)("cpu", mesh.mesh)
+    """Returns the same ranks in host memory, where nobody talks over them: they only say whose part is which."""
+    return mesh if mesh.device_type == "cpu" else type(mesh)("cpu", mesh.mesh, _init_backend=False)
 
 
 def _mapped(content: SnapshotContent, visit: _Visit) -> SnapshotContent:

@@ -17,9 +17,11 @@ from aetheria import __version__
 from aetheria.control.journal import read_journal
 from aetheria.errors import AetheriaError, CommandError, HubError, RunFolderError
 from aetheria.loom.reader import Curve, RunReader
+from aetheria.replicas import is_replica_id, replica_run
 from aetheria.weaver.feed import message_text
+from aetheria.weaver.groups import Groups
 from aetheria.weaver.hub import CommandConflictError, Hub, RunEndedError
-from aetheria.weaver.registry import UnknownRunError
+from aetheria.weaver.registry import TwinError, UnknownRunError
 from aetheria.weaver.series import as_json, thinned
 
 __all__ = ["Admit", "make_app"]
@@ -31,6 +33,7 @@ _STATUS: list[tuple[type[AetheriaError], int]] = [
     (UnknownRunError, 404),
     (CommandConflictError, 409),
     (RunEndedError, 409),
+    (TwinError, 409),
     (CommandError, 422),
     (HubError, 503),
     (RunFolderError, 500),
@@ -45,8 +48,23 @@ class Registration(BaseModel):
     folder: str = Field("", max_length=4096)
     host: str = Field("", max_length=256)
     pid: int = Field(0, ge=0)
+    group: str = Field("", max_length=256)
     replica: str = Field("", max_length=256)
     devices: list[str] = Field(default_factory=list, max_length=1024)
+
+    def check(self, run: str) -> None:
+        """Looks whether what is said can be said of a run.
+
+        Raises:
+            CommandError: it cannot.
+        """
+        if self.folder and (not Path(self.folder).is_absolute() or Path(self.folder).name != run):
+            raise CommandError(f"the folder {self.folder!r} is not that of {run}: an absolute path that ends so is.")
+        if self.group and not (is_replica_id(self.replica) and run == replica_run(self.group, self.replica)):
+            raise CommandError(
+                f"{run} is not replica {self.replica!r} of {self.group}: that one is called "
+                f"{replica_run(self.group, self.replica)}."
+            )
 
 
 def make_app(hub: Hub, admit: Admit, open_ticket: Callable[[Literal["viewer", "operator"]], str], url: str) -> FastAPI:
@@ -111,24 +129,40 @@ def _add_hub(app: FastAPI, hub: Hub, open_ticket: Callable[[Any], str], url: str
 
     @app.get("/api/v1/replicas", summary="Who trains, and on which devices")
     async def replicas() -> Response:
-        return _json([replica._asdict() for replica in hub.registry.replicas()])
+        return _json(await asyncio.to_thread(hub.registry.replicas))
 
 
 def _add_runs(app: FastAPI, hub: Hub, admit: Admit) -> None:
+    joining = asyncio.Lock()
+
     @app.get("/api/v1/runs", summary="All runs, the newest first")
     async def runs() -> Response:
         return _json(await asyncio.to_thread(hub.registry.lines))
 
-    @app.get("/api/v1/runs/{run}", summary="One run")
+    @app.get("/api/v1/runs/{run}", summary="One run, or the run that several replicas have in common")
     async def run_(run: str) -> Response:
         return _json(await asyncio.to_thread(hub.registry.line, run))
 
     @app.post("/api/v1/runs/{run}/register", summary="A run says who it is, and gets its key to the message server")
     async def register(run: str, said: Registration) -> Response:
-        if said.folder and (not Path(said.folder).is_absolute() or Path(said.folder).name != run):
-            raise CommandError(f"the folder {said.folder!r} is not that of {run}: an absolute path that ends so is.")
+        said.check(run)
+
+        def register() -> None:
+            hub.registry.register(run, said.folder, said.host, said.pid, said.replica, said.devices, said.group)
+
+        def refuse_twin() -> None:
+            hub.registry.refuse_twin(run, said.folder, said.host, said.group)
+
+        if not said.group:
+            refuse_twin()
+            granted = await admit(run)
+            register()
+            return _json(granted)
+        await asyncio.to_thread(refuse_twin)  # it gets no key
         granted = await admit(run)
-        hub.registry.register(run, said.folder, said.host, said.pid, said.replica, said.devices)
+        async with joining:  # of two that come at once, the second one meets the first
+            await asyncio.to_thread(refuse_twin)
+            register()
         return _json(granted)
 
     @app.get("/api/v1/runs/{run}/knobs", summary="What may be changed: JSON Schema, observed and desired values")
@@ -140,15 +174,30 @@ def _add_runs(app: FastAPI, hub: Hub, admit: Admit) -> None:
 
 
 def _add_commands(app: FastAPI, hub: Hub) -> None:
+    groups = Groups(hub)
+
     @app.post("/api/v1/runs/{run}/commands", summary="Send a command; waits for its end, if asked to", status_code=202)
-    async def send(run: str, request: Request, wait: Annotated[float, Query(ge=0, le=60)] = 0.0) -> Response:
+    async def send(
+        run: str,
+        request: Request,
+        wait: Annotated[float, Query(ge=0, le=60)] = 0.0,
+        replica: Annotated[
+            list[str] | None, Query(description="of a run of several replicas, which ones; all, if none")
+        ] = None,
+    ) -> Response:
+        if hub.registry.members(run):
+            asked, answers = await groups.submit(run, await request.body(), replica or (), wait)
+            return _json({"id": asked.id, "run": run, "outcomes": answers}, 202)
+        if replica:
+            raise UnknownRunError(f"{run} is not a run of several replicas; there is none to choose.")
         command, outcome = await hub.submit(run, await request.body(), wait)
         return _json({"id": command.id, "run": run, "outcome": outcome}, 202)
 
     @app.get("/api/v1/runs/{run}/commands", summary="The newest commands, and how far they got")
     async def commands(run: str, last: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:
-        found = hub.store.commands(run, last)
-        return _json([{"command": command, "outcome": hub.store.outcome(run, command.id)} for command in found])
+        members = [known.stored.id for known in hub.registry.members(run).values()]
+        found = hub.store.commands_of(members or [run], last)
+        return _json([{"command": command, "outcome": hub.store.outcome(command.run, command.id)} for command in found])
 
     @app.get("/api/v1/runs/{run}/commands/{command_id}", summary="How far a command got; waits for it, if asked to")
     async def outcome(
@@ -157,6 +206,9 @@ def _add_commands(app: FastAPI, hub: Hub) -> None:
         wait: Annotated[float, Query(ge=0, le=60)] = 0.0,
         until: Literal["any", "final"] = "final",
     ) -> Response:
+        if hub.registry.members(run):
+            asked, answers = await groups.outcomes(run, command_id, wait)
+            return _json({"id": command_id, "run": run, "command": asked, "outcomes": answers})
         outcome = await hub.outcome(run, command_id, wait, until)
         command = hub.store.command(command_id)
         if outcome is None and (command is None or command.run != run):

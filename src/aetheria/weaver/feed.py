@@ -6,7 +6,7 @@ import asyncio
 import bisect
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -32,8 +32,15 @@ class Feed:
     follower can fill the hub's memory, and none loses a message that is still kept.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, group_of: Callable[[str], str] = lambda run: "") -> None:
+        """Goes on behind what the store has.
+
+        Args:
+            store: keeps the messages.
+            group_of: returns the run that a replica belongs to; "" for any other run.
+        """
         self._store = store
+        self._group_of = group_of
         self._first, self.last = store.feed_range()
         self._recent: deque[Message] = deque(store.feed(self.last - _RECENT, _RECENT), maxlen=_RECENT)
         self._states: dict[tuple[str, str], tuple[int, float, Any]] = {}
@@ -70,6 +77,9 @@ class Feed:
             return [self._recent[index] for index in range(start, min(start + limit, len(self._recent)))]
         return self._store.feed(seq, limit)
 
+    def _concerns(self, run: str | None, of: str) -> bool:
+        return run in (None, of) or (run != "" and run == self._group_of(of))
+
     async def follow(self, since: int | None, run: str | None = None) -> AsyncIterator[list[Message]]:
         """Yields messages as they come, and never ends.
 
@@ -78,7 +88,7 @@ class Feed:
 
         Args:
             since: the last number that the follower has; without it, the feed begins now.
-            run: only what concerns this run.
+            run: only what concerns this run, or any of its replicas.
         """
         first, _ = self._store.feed_range()
         cursor = self.last if since is None else max(min(since, self.last), first - 1)
@@ -93,7 +103,7 @@ class Feed:
                 wake.clear()
                 if news := self.after(cursor, 500):
                     cursor = news[-1].seq
-                    if wanted := [message for message in news if run in (None, message.run)]:
+                    if wanted := [message for message in news if self._concerns(run, message.run)]:
                         yield wanted
                     continue
                 now = time.monotonic()
@@ -101,7 +111,7 @@ class Feed:
                     wanted = [
                         Message(0, of, kind, when, msgspec.json.encode(data).decode())
                         for (of, kind), (version, when, data) in self._states.items()
-                        if version > seen and run in (None, of)
+                        if version > seen and self._concerns(run, of)
                     ]
                     seen, next_states = self._version, now + _STATE_INTERVAL
                     if wanted:

@@ -19,11 +19,12 @@ from aetheria.loom.messages import decode_heartbeat, decode_metrics
 from aetheria.loom.parts import Have, encode_have
 from aetheria.protocol import AnyCommand, Outcome, decode_command, encode
 from aetheria.weaver.feed import Feed
+from aetheria.weaver.known_run import KnownRun
 from aetheria.weaver.mirror import Mirrors
-from aetheria.weaver.registry import KnownRun, Registry
+from aetheria.weaver.registry import Registry
 from aetheria.weaver.store import KnobState, Store
 
-__all__ = ["CommandConflictError", "Hub", "RunEndedError", "Transport"]
+__all__ = ["CommandConflictError", "Hub", "RunEndedError", "Transport", "has_ended"]
 
 Handler = Callable[[str, str, bytes], Awaitable[None]]
 
@@ -56,7 +57,7 @@ class Hub:
         self.store = store
         self.registry = Registry(store, mirrors.folder)
         self._mirrors = mirrors
-        self.feed = Feed(store)
+        self.feed = Feed(store, self.registry.group_of)
         self._transport = transport
         self._waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._on_the_way: dict[str, asyncio.Task[None]] = {}  # commands that are being published
@@ -89,7 +90,8 @@ class Hub:
             raise CommandError(f"the command is for {command.run}, but it was sent to {run}.")
         command = msgspec.structs.replace(command, run=run)
         known = self.store.command(command.id)
-        if known is not None and known != msgspec.structs.replace(command, created=known.created):
+        same = known is None or known == msgspec.structs.replace(command, created=known.created)
+        if not same or self.store.request(command.id) is not None:
             raise CommandConflictError(f"the id {command.id} belongs to another command. Give each command its own id.")
         if known is not None and self.store.delivery(command.id) == "published":
             return known, await self.outcome(run, command.id, wait) if wait else None
@@ -98,32 +100,38 @@ class Hub:
         # From here to the publication nothing else runs, so that commands are published in the order they were kept.
         if self.store.command(command.id) is None:
             self.store.accept(command, time.time())
-        publishing = self._publish(command)
+        return command, await self.answer(command, self.publish(command), wait)
+
+    async def answer(self, command: AnyCommand, publishing: asyncio.Task[None], wait: float) -> Outcome | None:
+        """Returns what a run says to a command that is being published; see `submit`.
+
+        Raises:
+            HubError: the message server did not confirm it, and the run has not said anything.
+        """
         if not wait:
             await asyncio.shield(publishing)
-            return command, None
-        answering = asyncio.create_task(self.outcome(run, command.id, wait))
+            return None
+        answering = asyncio.create_task(self.outcome(command.run, command.id, wait))
         try:
             await asyncio.wait((publishing, answering), return_when=asyncio.FIRST_COMPLETED)
-            if not answering.done() and not self._is_answered(command):
+            if not answering.done() and not self.is_answered(command):
                 publishing.result()  # or it is said that nobody knows
-            return command, await answering
+            return await answering
         finally:
             answering.cancel()
 
-    def _is_answered(self, command: AnyCommand) -> bool:
+    def is_answered(self, command: AnyCommand) -> bool:
+        """Returns whether the last word on a command is known."""
         outcome = self.store.outcome(command.run, command.id)
         return outcome is not None and settled(outcome, command.dry_run)
 
     def _refuse_if_ended(self, run: str, status: str) -> None:
         if status in ENDED:
-            raise RunEndedError(
-                f"{run} does not train any more: it is {status}. Continue it first: aetheria continue {run}"
-            )
+            raise RunEndedError(has_ended(run, status))
         if self.registry.get(run) is None:
             raise RunEndedError(f"{run} does not listen to this hub: it was started with live: off, or before the hub.")
 
-    def _publish(self, command: AnyCommand) -> asyncio.Task[None]:
+    def publish(self, command: AnyCommand) -> asyncio.Task[None]:
         """Begins to publish a command, which goes on if nobody waits for it any more."""
         task = asyncio.create_task(self._publish_now(command))
         self._on_the_way[command.id] = task
@@ -136,6 +144,10 @@ class Hub:
 
         task.add_done_callback(done)
         return task
+
+    def on_the_way(self, command_id: str) -> asyncio.Task[None] | None:
+        """Returns the publication of a command, while it goes on."""
+        return self._on_the_way.get(command_id)
 
     async def _publish_now(self, command: AnyCommand) -> None:
         try:
@@ -160,7 +172,7 @@ class Hub:
             if known is None or command.id in self._on_the_way or await asyncio.to_thread(known.status) in ENDED:
                 continue
             try:
-                await self._publish(command)
+                await self.publish(command)
             except HubError as error:
                 logger.warning("{} for {} is still to be published: {}", command.op_name, command.run, error)
                 self.store.delivered(command.id, "unknown")  # it was accepted: it is tried again
@@ -342,6 +354,11 @@ class Hub:
             self.registry.save()
         except (RunFolderError, OSError) as error:
             logger.warning("When the runs were last seen could not be written: {}", error)
+
+
+def has_ended(run: str, status: str) -> str:
+    """Returns why a run that has ended takes no commands, in a sentence."""
+    return f"{run} does not train any more: it is {status}. Continue it first: aetheria continue {run}"
 
 
 def _in_sight(known: KnownRun) -> bool:

@@ -66,7 +66,7 @@ def folder_of(mirrors: Path, run: str) -> Path:
         HubError: the name is empty or too long.
     """
     token = token_of(run)  # in which everything but letters, digits, "-", "_" and "=" is spelled out
-    return mirrors / (run if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run) else token)
+    return mirrors / (run if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._@-]*", run) else token)
 
 
 class _Mirror:

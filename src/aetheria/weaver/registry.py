@@ -5,120 +5,30 @@ from __future__ import annotations
 import datetime
 import math
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aetheria.client.models import ENDED
 from aetheria.errors import HubError, RunFolderError
-from aetheria.loom.filesystem import filesystem_of
-from aetheria.loom.hub_file import host_name
 from aetheria.loom.messages import Heartbeat, MetricBatch
 from aetheria.loom.reader import RunReader
+from aetheria.replicas import membership
 from aetheria.runs import RunFolder, find_runs
+from aetheria.weaver.known_run import HOST, SILENT_SECONDS, KnownRun
 from aetheria.weaver.mirror import folder_of
-from aetheria.weaver.store import Replica, Store, StoredRun
+from aetheria.weaver.store import Store, StoredRun
 
-__all__ = ["SILENT_SECONDS", "KnownRun", "Registry", "UnknownRunError"]
-
-SILENT_SECONDS = 15.0
-_HOST = host_name()
+__all__ = ["Registry", "TwinError", "UnknownRunError"]
 
 
 class UnknownRunError(HubError):
-    """A run that the hub has never heard of."""
+    """A run that the hub has never heard of, or that is none but several."""
 
 
-@dataclass
-class KnownRun:
-    """What the hub knows of a run that has registered, in memory.
-
-    Attributes:
-        stored: what is kept over a restart.
-        mirror: where the hub copies its folder to, if that is out of sight.
-        heard: when something came from it, on the clock that never jumps; None since the hub was started.
-        metrics: the newest values: name to (step, value).
-        replicas: its processes, by their ids.
-        dropped: records it lost on their way, by kind.
-        told: the status that the live feed was told last.
-        reported: what the run says it does, if anything else than training: "paused".
-        near: whether its status is known without waiting for another machine; None until somebody has looked.
-    """
-
-    stored: StoredRun
-    mirror: Path
-    heard: float | None = None
-    metrics: dict[str, tuple[int, float]] = field(default_factory=dict)
-    replicas: dict[str, Replica] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
-    told: str = ""
-    reported: str = ""
-    near: bool | None = None
-    _read: tuple[tuple[int, ...], str] | None = None  # which `run.json` was read last, and the status in it
-
-    @property
-    def folder(self) -> RunFolder | None:
-        """Its folder, where that lies on this machine."""
-        if self.stored.host != _HOST or not self.stored.folder:
-            return None
-        path = Path(self.stored.folder)
-        return RunFolder(path) if path.is_dir() else None
-
-    @property
-    def history(self) -> RunFolder | None:
-        """What can be read of it on this machine: its folder, or the hub's copy of that."""
-        if (folder := self.folder) is not None:
-            return folder
-        return RunFolder(self.mirror) if self.mirror.is_dir() else None
-
-    @property
-    def fresh(self) -> bool:
-        """Whether it was heard of within the last seconds."""
-        return self.heard is not None and time.monotonic() - self.heard < SILENT_SECONDS
-
-    def status(self) -> str:
-        """Returns "running", "paused" or "silent", or how it ended: what `run.json` says of it."""
-        if self.near is None:
-            here = self.stored.host == _HOST and self.stored.folder != ""
-            self.near = not (here and filesystem_of(self.stored.folder).network)
-        living = (self.reported or "running") if self.fresh else "silent"
-        if (folder := self.folder) is None:
-            return self._copied_status(living)
-        try:
-            status = self._written_status(folder)
-        except RunFolderError:
-            return living  # a run of another framework has a folder, and no run.json
-        if status not in ("created", "running"):
-            return status
-        # A script that does not lock its folder looks killed to those who ask for the lock.
-        locks = not self.fresh or (folder.path / ".lock").exists()
-        return "killed" if locks and not folder.in_use() else living
-
-    def _copied_status(self, living: str) -> str:
-        """Returns how it ended, if the copy of its `run.json` says that it did."""
-        if not self.mirror.is_dir():
-            return living  # there is none yet
-        folder = RunFolder(self.mirror)
-        try:
-            status = self._written_status(folder)
-            if status in ("created", "running", "unknown"):
-                return living
-            # One that has just been continued is ahead of the copy, which then tells of another process.
-            return living if self.fresh and folder.read().get("pid") != self.stored.pid else status
-        except RunFolderError:
-            return living
-
-    def _written_status(self, folder: RunFolder) -> str:
-        """Returns what `run.json` says; read again only where it is another file, or a changed one."""
-        try:
-            found = (folder.path / "run.json").stat()
-        except OSError:
-            return str(folder.read().get("status", "unknown"))  # says what is wrong with it
-        mark = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        known = self._read  # another thread may be here, too
-        if known is None or known[0] != mark:
-            known = self._read = mark, str(folder.read().get("status", "unknown"))
-        return known[1]
+class TwinError(HubError):
+    """A training that says it is a replica which another one is, and that one trains."""
 
 
 class Registry:
@@ -128,39 +38,55 @@ class Registry:
         self._store = store
         self._mirrors = mirrors
         self._known = {run.id: KnownRun(run, folder_of(mirrors, run.id)) for run in store.runs()}
-        for replica in store.replicas():
-            if replica.run in self._known:
-                self._known[replica.run].replicas[replica.id] = replica
+        self._groups: defaultdict[str, dict[str, KnownRun]] = defaultdict(dict)
+        for known in self._known.values():
+            self._sort_in(known)
         self._changed: set[str] = set()
 
+    def _sort_in(self, known: KnownRun) -> None:
+        if known.stored.group:
+            self._groups[known.stored.group][known.stored.replica] = known
+
     def register(
-        self, run: str, folder: str, host: str, pid: int, replica: str = "", devices: Sequence[str] = ()
+        self,
+        run: str,
+        folder: str,
+        host: str,
+        pid: int,
+        replica: str = "",
+        devices: Sequence[str] = (),
+        group: str = "",
     ) -> KnownRun:
-        """Remembers a run that has said who it is."""
+        """Remembers a run that has said who it is; see `StoredRun`."""
         now = time.time()
         mirror = folder_of(self._mirrors, run)
-        step = self._known[run].stored.step if run in self._known else 0
-        stored = StoredRun(run, folder, host or _HOST, pid, now, now, step)
+        before = self._known[run].stored if run in self._known else None
+        # A replica that begins again may begin anew.
+        another = group != "" and before is not None and (before.host, before.pid) != (host or HOST, pid)
+        step = 0 if another or before is None else before.step
+        stored = StoredRun(run, folder, host or HOST, pid, now, now, step, group, replica, list(devices))
         self._store.register(stored)
         known = self._known.setdefault(run, KnownRun(stored, mirror))
         known.stored = stored
+        if another:
+            known.metrics, known.reported = {}, ""
+            self._store.forget_revision(run)
         known.near = known._read = None
         known.heard = time.monotonic()
-        name = replica or run
-        known.replicas = {name: Replica(name, run, stored.host, pid, list(devices), now)}
+        self._sort_in(known)
         self._changed.add(run)
         return known
 
     def beat(self, run: str, beat: Heartbeat) -> KnownRun | None:
-        """Takes a sign of life; returns None where the run has never registered."""
+        """Takes a sign of life; returns None where it is from nobody who has registered."""
         if (known := self._known.get(run)) is None:
             return None
+        if known.stored.group and (beat.host, beat.pid) != (known.stored.host, known.stored.pid):
+            return None  # of a process that was this replica before, or that was sent away
         now = time.time()
         known.heard = time.monotonic()
         known.stored = known.stored._replace(last_seen=now, step=beat.step)
         known.dropped = beat.dropped
-        name = beat.replica or run
-        known.replicas[name] = Replica(name, run, beat.host, beat.pid, list(beat.devices), now)
         self._changed.add(run)
         return known
 
@@ -181,10 +107,7 @@ class Registry:
         changed = [self._known[run] for run in self._changed]
         self._changed.clear()
         if changed:
-            self._store.seen(
-                [known.stored for known in changed],
-                [replica for known in changed for replica in known.replicas.values()],
-            )
+            self._store.seen([known.stored for known in changed])
 
     def known(self) -> list[KnownRun]:
         """Returns the runs that registered."""
@@ -210,11 +133,46 @@ class Registry:
         for folder in self._beside():
             if folder.run_id == run:
                 return folder
+        if members := self.members(run):
+            names = ", ".join(known.stored.id for known in members.values())
+            raise UnknownRunError(
+                f"{run} is a run of {len(members)} replicas, each with its own. Ask for one of them: {names}."
+            )
         raise UnknownRunError(f"no run called '{run}' is known to this hub.")
 
-    def replicas(self) -> list[Replica]:
-        """Returns all replicas."""
-        return [replica for known in self._known.values() for replica in known.replicas.values()]
+    # --- replicas --------------------------------------------------------------------------------------------------
+    def members(self, group: str) -> dict[str, KnownRun]:
+        """Returns the replicas of a run, by their ids; none where it has none."""
+        return dict(sorted(self._groups[group].items())) if group in self._groups else {}
+
+    def group_of(self, run: str) -> str:
+        """Returns which run a replica belongs to; "" for any other run."""
+        known = self._known.get(run)
+        return "" if known is None else known.stored.group
+
+    def refuse_twin(self, run: str, folder: str, host: str, group: str) -> None:
+        """Looks whether a training may be the replica that it says it is. Reads files, and takes its time.
+
+        One that comes back may be in another folder, on another machine. But while the one that is known trains, there
+        is no second one.
+
+        Raises:
+            TwinError: it may not; or its run is called like another one that has no replicas, or the other way round.
+        """
+        if group in self._known or run in self._groups:
+            raise TwinError(
+                f"there is a run called {group or run} with replicas, and another one without. Give one of them "
+                "another name."
+            )
+        known = self._known.get(run)
+        if known is None or not group or (known.stored.host, known.stored.folder) == (host or HOST, folder):
+            return  # who is in the same folder has its lock
+        if known.fresh and known.status() not in ENDED:
+            raise TwinError(
+                f"{run} trains already: process {known.stored.pid} on {known.stored.host}, in {known.stored.folder}. "
+                "Give each replica an id of its own; one that has ended is free again after "
+                f"{SILENT_SECONDS:g} seconds."
+            )
 
     # --- what is said about runs: these read files, and take their time --------------------------------------------
     def lines(self) -> list[dict[str, Any]]:
@@ -225,12 +183,38 @@ class Registry:
                 lines[folder.run_id] = self._line(folder.run_id, folder, None)
         return sorted(lines.values(), key=lambda line: line["created"] or 0.0, reverse=True)
 
+    def replicas(self) -> list[dict[str, Any]]:
+        """Returns who trains: a line about each process that registered, with where it is and what it trains on.
+
+        "id" is the replica's, "run" the run that it belongs to, "name" how it is addressed alone; a run without other
+        replicas has one name for all.
+        """
+        return [self._replica(known) for known in list(self._known.values())]
+
+    @staticmethod
+    def _replica(known: KnownRun) -> dict[str, Any]:
+        stored, status = known.stored, known.status()
+        return {
+            "id": stored.replica if stored.group else stored.id,
+            "run": stored.group or stored.id,
+            "name": stored.id,
+            "host": stored.host,
+            "pid": stored.pid,
+            "devices": stored.devices,
+            "status": status,
+            "connected": known.fresh and status not in ENDED,
+            "step": stored.step,
+            "last_seen": stored.last_seen,
+        }
+
     def line(self, run: str) -> dict[str, Any]:
-        """Returns a line about one run.
+        """Returns a line about one run; about one of several replicas, with a line for each of them.
 
         Raises:
             UnknownRunError: there is no such run.
         """
+        if members := self.members(run):
+            return group_line(run, [self._line(each.stored.id, each.history, each) for each in members.values()])
         known = self._known.get(run)
         return self._line(run, known.history if known is not None else self.folder(run), known)
 
@@ -254,13 +238,14 @@ class Registry:
 
     def _line(self, run: str, folder: RunFolder | None, known: KnownRun | None) -> dict[str, Any]:
         line: dict[str, Any] = {"id": run, "status": "", "status_detail": "", "step": 0, "created": None}
-        line |= {"metrics": {}, "folder": None, "host": _HOST, "pid": None, "last_heartbeat": None, "dropped": {}}
-        line |= {"connected": known is not None and known.fresh, "name": run}
+        line |= {"metrics": {}, "folder": None, "host": HOST, "pid": None, "last_heartbeat": None, "dropped": {}}
+        line |= {"connected": False, "name": run, "group": "", "replica": "", "devices": []}
         metrics: Mapping[str, tuple[int, float]] = {}
         if known is not None:
             line |= {"host": known.stored.host, "pid": known.stored.pid, "folder": known.stored.folder}
             line |= {"created": known.stored.registered, "last_heartbeat": known.stored.last_seen}
-            line |= {"step": known.stored.step, "dropped": known.dropped}
+            line |= {"step": known.stored.step, "dropped": known.dropped, "devices": known.stored.devices}
+            line |= {"group": known.stored.group, "replica": known.stored.replica}
             metrics = dict(known.metrics)
         if folder is not None:
             if known is None or folder.path != known.mirror:
@@ -268,16 +253,43 @@ class Registry:
             try:
                 content = folder.read()
                 line |= {key: content[key] for key in ("status_detail", "name", "pid") if key in content}
+                if known is None:
+                    line |= membership(run, content)._asdict()
                 line["step"] = max(line["step"], content.get("global_step") or 0)
                 line["created"] = _seconds(content.get("created")) or line["created"]
                 metrics = metrics or RunReader(folder.path / "run.db").last()
             except RunFolderError as error:
                 line["status_detail"] = "" if known is not None else str(error)
         line["status"] = known.status() if known is not None else _status_of(folder)
+        line["connected"] = known is not None and known.fresh and line["status"] not in ENDED
         line["metrics"] = {name: {"step": step, "value": value} for name, (step, value) in metrics.items()}
         if metrics:
             line["step"] = max(line["step"], *(step for step, _ in metrics.values()))
         return line
+
+
+def group_line(group: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns a line about a run of several replicas: what can be said of them together, and a line about each.
+
+    Args:
+        group: the run's name.
+        lines: about its replicas, at least one.
+    """
+    line: dict[str, Any] = {"id": group, "name": group, "replicas": lines}
+    line["status"] = min((each["status"] for each in lines), key=_liveliness)
+    line["step"] = max(each["step"] for each in lines)
+    line["connected"] = any(each["connected"] for each in lines)
+    line["created"] = min((each["created"] for each in lines if each["created"] is not None), default=None)
+    heard = [each["last_heartbeat"] for each in lines if each["last_heartbeat"] is not None]
+    return line | {"last_heartbeat": max(heard, default=None)}
+
+
+_LIVELY = ("running", "paused", "silent", "killed", "failed", "interrupted", "stopped", "completed")
+
+
+def _liveliness(status: str) -> int:
+    """Returns the place of a status among all: a run of several replicas runs as long as one of them does."""
+    return _LIVELY.index(status) if status in _LIVELY else len(_LIVELY)
 
 
 def _status_of(folder: RunFolder | None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,80 +18,28 @@ import msgspec
 
 from aetheria.errors import HubError
 from aetheria.protocol import AnyCommand, Outcome, Set, decode_command, encode
+from aetheria.weaver.schema import prepare
 
-__all__ = ["KnobState", "Message", "Replica", "Store", "StoredRun"]
+__all__ = ["KnobState", "Message", "Part", "Request", "Store", "StoredRun"]
 
-SCHEMA_VERSION = 1
 FEED_LENGTH = 50_000  # messages that a client that was away can still catch up with
-
-_SCHEMA = """
-CREATE TABLE runs (
-    id TEXT PRIMARY KEY,
-    folder TEXT NOT NULL,                -- absolute; on another machine it may mean nothing here
-    host TEXT NOT NULL,
-    pid INTEGER NOT NULL,
-    registered REAL NOT NULL,            -- seconds since 1970, like every time in this file
-    last_seen REAL NOT NULL,
-    step INTEGER NOT NULL
-);
-CREATE TABLE replicas (
-    id TEXT NOT NULL,
-    run TEXT NOT NULL,
-    host TEXT NOT NULL,
-    pid INTEGER NOT NULL,
-    devices TEXT NOT NULL,               -- JSON, a list of names
-    last_seen REAL NOT NULL,
-    PRIMARY KEY (id, run)
-);
-CREATE TABLE knobs (
-    run TEXT PRIMARY KEY,
-    schema TEXT NOT NULL,                -- JSON Schema
-    observed TEXT NOT NULL,              -- JSON: the value of each knob, as the run told it last
-    revision INTEGER NOT NULL,
-    time REAL NOT NULL
-);
-CREATE TABLE desired (
-    run TEXT NOT NULL,
-    knob TEXT NOT NULL,
-    value TEXT NOT NULL,                 -- JSON
-    command TEXT NOT NULL,
-    PRIMARY KEY (run, knob)
-);
-CREATE TABLE commands (
-    number INTEGER PRIMARY KEY,          -- the order in which they were accepted
-    id TEXT NOT NULL UNIQUE,
-    run TEXT NOT NULL,
-    data BLOB NOT NULL,
-    received REAL NOT NULL,
-    delivery TEXT NOT NULL               -- "unknown": to be published again; "published"; "unconfirmed": given up
-);
-CREATE INDEX commands_of_run ON commands (run, number);
-CREATE TABLE outcomes (
-    number INTEGER PRIMARY KEY,
-    command TEXT NOT NULL,
-    run TEXT NOT NULL,
-    state TEXT NOT NULL,
-    data BLOB NOT NULL,
-    UNIQUE (command, run, data)
-);
-CREATE TABLE feed (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    run TEXT NOT NULL,
-    type TEXT NOT NULL,
-    time REAL NOT NULL,
-    data TEXT NOT NULL                   -- JSON
-);
-CREATE INDEX feed_of_run ON feed (run, type, seq);
-CREATE TABLE sessions (
-    secret TEXT PRIMARY KEY,             -- SHA-256 of a browser's cookie
-    role TEXT NOT NULL,
-    expires REAL NOT NULL
-);
-"""
 
 
 class StoredRun(NamedTuple):
-    """A run that has registered."""
+    """A run that has registered.
+
+    Attributes:
+        id: its name.
+        folder: where it lives, absolute; on another machine it may mean nothing here.
+        host: the machine.
+        pid: the training process.
+        registered: when, in seconds since 1970.
+        last_seen: when something was last heard of it.
+        step: the optimiser steps taken then.
+        group: the name that it has in common with the other replicas of a run; "" where it has no others.
+        replica: which of them it is.
+        devices: what it trains on.
+    """
 
     id: str
     folder: str
@@ -100,17 +48,37 @@ class StoredRun(NamedTuple):
     registered: float
     last_seen: float
     step: int
+    group: str = ""
+    replica: str = ""
+    devices: Sequence[str] = ()
 
 
-class Replica(NamedTuple):
-    """A process that trains, and its devices."""
+class Part(NamedTuple):
+    """What of a request to several replicas goes to one of them.
 
-    id: str
+    Attributes:
+        replica: its id.
+        run: by which name it is addressed alone.
+        command: the id of the command that it gets, which follows from that of the request.
+    """
+
+    replica: str
     run: str
-    host: str
-    pid: int
-    devices: list[str]
-    last_seen: float
+    command: str
+
+
+class Request(NamedTuple):
+    """A command to several replicas at once.
+
+    Attributes:
+        command: as it was sent.
+        wanted: the replicas that were named; none where all were meant.
+        parts: those that it went to.
+    """
+
+    command: AnyCommand
+    wanted: Sequence[str]
+    parts: Sequence[Part]
 
 
 class KnobState(NamedTuple):
@@ -153,14 +121,8 @@ class Store:
             self._connection = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = NORMAL")
-            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-            if version > SCHEMA_VERSION:
-                raise HubError(f"{path} was written by a newer version of Aetheria (schema {version}). Use that one.")
-            if version == 0:
-                with self._transaction():
-                    for statement in _SCHEMA.split(";\n"):
-                        self._connection.execute(statement)
-                    self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            with self._transaction():
+                prepare(self._connection, path)
         except sqlite3.Error as error:
             raise HubError(
                 f"cannot open {path}: {error}. Move it away; the hub then starts a new one, and the runs' own folders "
@@ -185,34 +147,31 @@ class Store:
     # --- runs ------------------------------------------------------------------------------------------------------
     def register(self, run: StoredRun) -> None:
         """Remembers a run; one of that name is replaced."""
-        self._connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)", run)
+        row = (*run[:9], json.dumps(list(run.devices)))
+        self._connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
-    def seen(self, runs: Iterable[StoredRun], replicas: Iterable[Replica]) -> None:
+    def seen(self, runs: Iterable[StoredRun]) -> None:
         """Remembers who was last seen when."""
         with self._transaction():
             self._connection.executemany(
                 "UPDATE runs SET last_seen = ?, step = ? WHERE id = ?",
                 [(run.last_seen, run.step, run.id) for run in runs],
             )
-            self._connection.executemany(
-                "INSERT OR REPLACE INTO replicas VALUES (?, ?, ?, ?, ?, ?)",
-                [(*replica[:4], json.dumps(replica.devices), replica.last_seen) for replica in replicas],
-            )
 
     def runs(self) -> list[StoredRun]:
         """Returns all runs that ever registered, the newest first."""
-        return [StoredRun(*row) for row in self._connection.execute("SELECT * FROM runs ORDER BY registered DESC")]
-
-    def replicas(self) -> list[Replica]:
-        """Returns all replicas, the one seen last first."""
-        rows = self._connection.execute("SELECT * FROM replicas ORDER BY last_seen DESC")
-        return [Replica(*row)._replace(devices=json.loads(row[4])) for row in rows]
+        rows = self._connection.execute("SELECT * FROM runs ORDER BY registered DESC")
+        return [StoredRun(*row)._replace(devices=json.loads(row[9])) for row in rows]
 
     # --- knobs -----------------------------------------------------------------------------------------------------
     def set_knobs(self, run: str, state: KnobState) -> None:
         """Remembers what a run told about its knobs; the newest counts."""
         row = (run, json.dumps(state.schema), json.dumps(state.observed), state.revision, state.time)
         self._connection.execute("INSERT OR REPLACE INTO knobs VALUES (?, ?, ?, ?, ?)", row)
+
+    def forget_revision(self, run: str) -> None:
+        """Lets what is told next about a run's knobs count, whatever its revision: it is told by another process."""
+        self._connection.execute("UPDATE knobs SET revision = 0 WHERE run = ?", (run,))
 
     def knobs(self, run: str) -> KnobState | None:
         """Returns a run's knobs; None where it has not told them yet."""
@@ -229,15 +188,49 @@ class Store:
     def accept(self, command: AnyCommand, now: float) -> None:
         """Remembers a command before it is published."""
         with self._transaction():
-            self._connection.execute(
-                "INSERT INTO commands (id, run, data, received, delivery) VALUES (?, ?, ?, ?, 'unknown')",
-                (command.id, command.run, encode(command), now),
+            self._accept(command, now)
+
+    def _accept(self, command: AnyCommand, now: float) -> None:
+        self._connection.execute(
+            "INSERT INTO commands (id, run, data, received, delivery) VALUES (?, ?, ?, ?, 'unknown')",
+            (command.id, command.run, encode(command), now),
+        )
+        if isinstance(command, Set) and not command.dry_run:
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO desired VALUES (?, ?, ?, ?)",
+                [(command.run, key, json.dumps(value), command.id) for key, value in command.args.values.items()],
             )
-            if isinstance(command, Set) and not command.dry_run:
-                self._connection.executemany(
-                    "INSERT OR REPLACE INTO desired VALUES (?, ?, ?, ?)",
-                    [(command.run, key, json.dumps(value), command.id) for key, value in command.args.values.items()],
-                )
+
+    def accept_all(
+        self, request: Request, commands: Iterable[AnyCommand], refused: Iterable[Outcome], now: float
+    ) -> list[Message]:
+        """Remembers a request to several replicas, with all that follows from it, or nothing of it.
+
+        Args:
+            request: what was asked for.
+            commands: those that are to be published.
+            refused: what came of the others.
+            now: seconds since 1970.
+
+        Returns:
+            The messages about those that were refused, for the feed.
+        """
+        row = (request.command.id, encode(request.command), json.dumps([*request.wanted]), json.dumps(request.parts))
+        with self._transaction():
+            self._connection.execute("INSERT INTO requests VALUES (?, ?, ?, ?)", row)
+            for command in commands:
+                self._accept(command, now)
+            messages = [self._add_outcome(outcome.run, outcome) for outcome in refused]
+        return [message for message in messages if message is not None]
+
+    def request(self, request_id: str) -> Request | None:
+        """Returns a request to several replicas that was accepted."""
+        query = "SELECT data, wanted, parts FROM requests WHERE id = ?"
+        row = self._connection.execute(query, (request_id,)).fetchone()
+        if row is None:
+            return None
+        parts = [Part(*part) for part in json.loads(row[2])]
+        return Request(decode_command(row[0]), json.loads(row[1]), parts)
 
     def delivered(self, command_id: str, delivery: str) -> None:
         """Remembers whether a command was published: "published", or "unconfirmed"."""
@@ -263,8 +256,13 @@ class Store:
 
     def commands(self, run: str, last: int) -> list[AnyCommand]:
         """Returns the newest commands that were accepted for a run, oldest first."""
-        query = "SELECT data FROM commands WHERE run = ? ORDER BY number DESC LIMIT ?"
-        return [decode_command(data) for (data,) in self._connection.execute(query, (run, last)).fetchall()][::-1]
+        return self.commands_of([run], last)
+
+    def commands_of(self, runs: Sequence[str], last: int) -> list[AnyCommand]:
+        """Returns the newest commands that were accepted for any of some runs, oldest first."""
+        places = ", ".join("?" * len(runs))
+        query = f"SELECT data FROM commands WHERE run IN ({places}) ORDER BY number DESC LIMIT ?"
+        return [decode_command(data) for (data,) in self._connection.execute(query, (*runs, last)).fetchall()][::-1]
 
     def outcome(self, run: str, command_id: str) -> Outcome | None:
         """Returns how far a command got: its final outcome, else the newest."""
@@ -276,17 +274,20 @@ class Store:
 
     def add_outcome(self, run: str, outcome: Outcome) -> Message | None:
         """Remembers an outcome; returns its message for the feed, or None for one that was known."""
-        data = encode(outcome)
         with self._transaction():
-            added = self._connection.execute(
-                "INSERT OR IGNORE INTO outcomes (command, run, state, data) VALUES (?, ?, ?, ?)",
-                (outcome.command, run, outcome.state, data),
-            )
-            if not added.rowcount:
-                return None
-            if outcome.state in ("rejected", "failed"):
-                self._connection.execute("DELETE FROM desired WHERE command = ?", (outcome.command,))
-            return self._append(run, "outcome", outcome.time, data.decode())
+            return self._add_outcome(run, outcome)
+
+    def _add_outcome(self, run: str, outcome: Outcome) -> Message | None:
+        data = encode(outcome)
+        added = self._connection.execute(
+            "INSERT OR IGNORE INTO outcomes (command, run, state, data) VALUES (?, ?, ?, ?)",
+            (outcome.command, run, outcome.state, data),
+        )
+        if not added.rowcount:
+            return None
+        if outcome.state in ("rejected", "failed"):
+            self._connection.execute("DELETE FROM desired WHERE command = ?", (outcome.command,))
+        return self._append(run, "outcome", outcome.time, data.decode())
 
     # --- the live feed ---------------------------------------------------------------------------------------------
     def append(self, run: str, kind: str, data: str, when: float) -> Message:

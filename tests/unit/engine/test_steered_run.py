@@ -21,6 +21,7 @@ from aetheria.engine.fingerprint import fingerprint
 from aetheria.engine.steering import describe
 from aetheria.orchestrator import Orchestrator
 from aetheria.protocol import AnyCommand, Outcome, command_of, encode
+from aetheria.runs import RunFolder
 from aetheria.snapshot.format import model_tensors
 
 
@@ -196,6 +197,30 @@ def test_a_stop_ends_a_pause(tmp_path: Path) -> None:
 def test_without_a_snapshot_if_so_commanded(tmp_path: Path) -> None:
     result, _, _ = train(tmp_path, {6: [command_of("stop", {"snapshot": False})]})
     assert sorted(path.name for path in (result.folder / "snapshots").iterdir()) == ["step-00000004"]
+
+
+def test_who_goes_on_after_a_stop_gets_past_it(tmp_path: Path) -> None:
+    class Breaks(Callback):
+        critical = True
+
+        def on_batch_end(self, batch_idx: int, metrics: dict[str, Tensor]) -> None:
+            if self.context.global_step == 7:
+                raise ValueError("stumbled")
+
+    stopped, _, _ = train(tmp_path, {6: [command_of("stop", {"snapshot": False})]})
+    assert (stopped.status, stopped.global_step) == ("stopped", 6)
+    with pytest.raises(ValueError, match="stumbled"):
+        train(tmp_path, None, Breaks(), resume=stopped.folder)
+    finished, _, _ = train(tmp_path, resume=stopped.folder)  # from step 4, before the stop, once more
+    assert (finished.status, finished.global_step) == ("completed", 18)
+    assert finished.digest == train(tmp_path / "untouched")[0].digest
+
+
+def test_a_stop_that_was_cut_short_is_finished(tmp_path: Path) -> None:
+    stopped, _, _ = train(tmp_path, {6: [command_of("stop", {"snapshot": False})]})
+    RunFolder(stopped.folder).update(status="running")  # as if it had been killed before it had ended
+    again, _, _ = train(tmp_path, resume=stopped.folder)
+    assert (again.status, again.global_step) == ("stopped", 6)
 
 
 def test_commands_that_come_together_are_done_in_their_order(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import pytest
 
 from aetheria.errors import HubError
 from aetheria.protocol import AnyCommand, Outcome, command_of
+from aetheria.weaver import schema
 from aetheria.weaver import store as store_module
 from aetheria.weaver.feed import Feed
-from aetheria.weaver.store import KnobState, Message, Replica, Store, StoredRun
+from aetheria.weaver.store import KnobState, Message, Part, Request, Store, StoredRun
 
 
 @pytest.fixture
@@ -34,18 +35,16 @@ def outcome(of: AnyCommand, state: Any, **fields: Any) -> Outcome:
 
 
 def test_everything_is_there_again_when_it_is_opened_anew(store: Store) -> None:
-    run = StoredRun("digits", "/runs/digits", "here", 7, 1.0, 2.0, 3)
-    replica = Replica("digits", "digits", "here", 7, ["cpu", "cuda:0"], 4.0)
+    run = StoredRun("digits@a", "/runs/digits@a", "here", 7, 1.0, 2.0, 3, "digits", "a", ["cpu", "cuda:0"])
     sent = command("set", {"values": {"learning_rate": 0.5, "name": "ä"}})
     store.register(run)
-    store.seen([run._replace(step=9, last_seen=5.0)], [replica])
+    store.seen([run._replace(step=9, last_seen=5.0)])
     store.set_knobs("digits", KnobState({"type": "object"}, {"learning_rate": None}, 3, 6.0))
     store.accept(sent, 1.0)
     store.delivered(sent.id, "published")
     store.add_outcome("digits", outcome(sent, "applied", step=4, result={"after": {"learning_rate": 0.5}}))
     other = Store(store.path)
     assert other.runs() == [run._replace(step=9, last_seen=5.0)]
-    assert other.replicas() == [replica]
     assert other.knobs("digits") == KnobState({"type": "object"}, {"learning_rate": None}, 3, 6.0)
     assert other.knobs("nobody") is None
     assert other.desired("digits") == {"learning_rate": 0.5, "name": "ä"}
@@ -57,6 +56,40 @@ def test_everything_is_there_again_when_it_is_opened_anew(store: Store) -> None:
     assert (answer.state, answer.step) == ("applied", 4)
     assert other.feed_range() == (1, 1)
     other.close()
+
+
+def test_a_request_to_several_replicas_is_kept_whole_or_not_at_all(store: Store) -> None:
+    request = Request(command(), ["a", "b"], [Part("a", "digits@a", "a" * 8), Part("b", "digits@b", "b" * 8)])
+    sent = command_of("ping", run="digits@a", id="a" * 8)
+    refused = Outcome(command="b" * 8, state="rejected", run="digits@b")
+    [message] = store.accept_all(request, [sent], [refused], 1.0)
+    assert (message.run, message.type) == ("digits@b", "outcome")
+    assert store.request(request.command.id) == request
+    assert store.request("c" * 8) is None
+    assert store.unanswered() == [sent]
+    assert store.outcome("digits@b", "b" * 8) == refused
+    assert store.commands_of(["digits@a", "digits@b"], 5) == store.commands("digits@a", 5) == [sent]
+    other = Request(command(), [], [Part("a", "digits@a", "a" * 8)])
+    with pytest.raises(sqlite3.IntegrityError):
+        store.accept_all(other, [sent], [], 1.0)
+    assert store.request(other.command.id) is None
+
+
+def test_a_file_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "hub.db") as connection:
+        connection.executescript(schema._FIRST)
+        connection.execute("PRAGMA user_version = 1")
+        connection.execute("INSERT INTO runs VALUES ('digits', '/runs/digits', 'here', 7, 1.0, 2.0, 3)")
+        connection.execute("INSERT INTO runs VALUES ('other', '/runs/other', 'here', 8, 0.5, 2.0, 3)")
+        connection.execute("INSERT INTO replicas VALUES ('digits', 'digits', 'here', 7, '[\"cuda:0\"]', 2.0)")
+    connection.close()
+    for _ in range(2):
+        store = Store(tmp_path / "hub.db")
+        assert store.runs() == [
+            StoredRun("digits", "/runs/digits", "here", 7, 1.0, 2.0, 3, "", "", ["cuda:0"]),
+            StoredRun("other", "/runs/other", "here", 8, 0.5, 2.0, 3, "", "", []),
+        ]
+        store.close()
 
 
 def test_a_refused_value_is_not_desired(store: Store) -> None:

@@ -12,7 +12,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
 
 from aetheria.core import Callback
-from aetheria.core.shards import whole
+from aetheria.core.shards import total_norm
 from aetheria.errors import ConfigError
 from aetheria.registry import Registry
 
@@ -110,7 +110,7 @@ class GradientHealth(Callback):
 def _norms(name: str, parts: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     """Returns the Euclidean norm of every part that has tensors, and that of all of them."""
     norms = {
-        f"{name}.{part}": whole(get_total_norm([tensor.detach() for tensor in tensors]))
+        f"{name}.{part}": total_norm([tensor.detach() for tensor in tensors])
         for part, tensors in parts.items()
         if tensors
     }

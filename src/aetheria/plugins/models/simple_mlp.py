@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -9,6 +11,9 @@ from torch.optim import Optimizer
 
 from aetheria.core import AetherModel
 from aetheria.registry import Registry
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
 
 __all__ = ["SimpleMLP"]
 
@@ -53,6 +58,12 @@ class SimpleMLP(AetherModel):
         """Returns the predictions for a batch of features, with or without their targets."""
         predictions: Tensor = self(batch if isinstance(batch, Tensor) else batch[0])
         return predictions
+
+    def tensor_plan(self, ranks: int) -> dict[str, ParallelStyle]:
+        """Returns how ranks compute a layer together: each some of the hidden units."""
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel  # noqa: PLC0415 - a second
+
+        return {"layers.0": ColwiseParallel(), "layers.2": RowwiseParallel()}
 
     def configure_optimizers(self) -> Optimizer:
         """Returns Adam over all parameters, with a constant learning rate."""

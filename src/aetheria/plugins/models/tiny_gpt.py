@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,6 +12,9 @@ from aetheria.core import AetherModel, OptimizerPlan, Schedule
 from aetheria.errors import ConfigError, ModelError
 from aetheria.plugins.optimizers import warmup_cosine
 from aetheria.registry import Registry
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
 
 __all__ = ["TinyGPT"]
 
@@ -44,11 +49,13 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, block_size: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.dropout = dropout
         self.attention_norm = nn.RMSNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
-        self.rotate = RotaryPositions(width // heads, block_size)
+        # Head by head: query, key and value of the first, then those of the next. So any range of rows that holds whole
+        # heads can be computed by itself.
+        self.attention_input = nn.Linear(width, 3 * width, bias=False)
+        self.rotate = RotaryPositions(self.head_width, block_size)
         self.attention_output = nn.Linear(width, width, bias=False)
         self.feed_forward_norm = nn.RMSNorm(width)
         self.feed_forward = nn.Sequential(
@@ -66,11 +73,10 @@ class Block(nn.Module):
 
     def attend(self, hidden: Tensor) -> Tensor:
         """Returns what each position gathers from itself and the positions before it."""
-        batch, time, width = hidden.shape
-        query, key, value = (
-            part.view(batch, time, self.heads, -1).transpose(1, 2)
-            for part in self.query_key_value(hidden).chunk(3, dim=-1)
-        )
+        batch, time, _ = hidden.shape
+        # [batch, heads, time, 3, head_width]; where ranks share a layer, the heads of this one.
+        projected = self.attention_input(hidden).view(batch, time, -1, 3, self.head_width).transpose(1, 2)
+        query, key, value = projected.unbind(3)
         gathered = functional.scaled_dot_product_attention(
             self.rotate(query),
             self.rotate(key),
@@ -78,7 +84,7 @@ class Block(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=True,
         )
-        output: Tensor = self.attention_output(gathered.transpose(1, 2).reshape(batch, time, width))
+        output: Tensor = self.attention_output(gathered.transpose(1, 2).flatten(2))
         return output
 
 
@@ -127,6 +133,7 @@ class TinyGPT(AetherModel):
             )
         self.block_size = block_size
         self.weight_per_sample = block_size
+        self.heads = heads
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.schedule_steps = schedule_steps
@@ -185,6 +192,32 @@ class TinyGPT(AetherModel):
             optimizer, self.schedule_steps, warmup_steps=self.schedule_steps // 10, minimum_factor=0.1
         )
         return OptimizerPlan(optimizer, [Schedule(cosine, interval="step")])
+
+    def tensor_plan(self, ranks: int) -> dict[str, ParallelStyle]:
+        """Returns how ranks compute a layer together: each some of the heads, and some of the hidden units.
+
+        Norms and the embedding, which is the output head too, are whole on each of them. Shoeybi et al., "Megatron-LM"
+        (https://arxiv.org/abs/1909.08053).
+
+        Args:
+            ranks: that compute together.
+
+        Raises:
+            ConfigError: they cannot share the heads evenly.
+        """
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel  # noqa: PLC0415 - a second
+
+        if self.heads % ranks:
+            raise ConfigError(
+                f"TinyGPT has {self.heads} heads, which {ranks} ranks cannot share: a head is computed by one of them. "
+                f"Make heads a multiple of {ranks}, or tensor_parallel a divisor of {self.heads}."
+            )
+        return {
+            "blocks.*.attention_input": ColwiseParallel(),
+            "blocks.*.attention_output": RowwiseParallel(),
+            "blocks.*.feed_forward.0": ColwiseParallel(),
+            "blocks.*.feed_forward.2": RowwiseParallel(),
+        }
 
     @torch.inference_mode()
     def generate(
