@@ -1,10 +1,44 @@
-"""Where samples come from, and in which order: a function of (seed, epoch, position)."""
+"""Where samples come from, and in which order: a function of (seed, epoch, position).
 
-from aetheria.core import AetherDataModule
-from aetheria.data.cursor import Cursor
-from aetheria.data.loader import prepare_loader
-from aetheria.data.module import LoaderDataModule
-from aetheria.data.order import KeyedOrder
-from aetheria.data.sources import BatchSource
+The names are imported when they are first used: a process that encodes samples does not wait for torch.
+"""
 
-__all__ = ["AetherDataModule", "BatchSource", "Cursor", "KeyedOrder", "LoaderDataModule", "prepare_loader"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aetheria.core import AetherDataModule as AetherDataModule
+    from aetheria.data.cursor import Cursor as Cursor
+    from aetheria.data.loader import prepare_loader as prepare_loader
+    from aetheria.data.module import LoaderDataModule as LoaderDataModule
+    from aetheria.data.order import BlockOrder as BlockOrder
+    from aetheria.data.order import KeyedOrder as KeyedOrder
+    from aetheria.data.packing import PackedTokens as PackedTokens
+    from aetheria.data.shards import Shards as Shards
+    from aetheria.data.shards import verify as verify
+    from aetheria.data.sources import BatchSource as BatchSource
+    from aetheria.data.writer import write_shards as write_shards
+
+_HOMES = {
+    "AetherDataModule": "aetheria.core",
+    "BatchSource": "aetheria.data.sources",
+    "BlockOrder": "aetheria.data.order",
+    "Cursor": "aetheria.data.cursor",
+    "KeyedOrder": "aetheria.data.order",
+    "LoaderDataModule": "aetheria.data.module",
+    "PackedTokens": "aetheria.data.packing",
+    "Shards": "aetheria.data.shards",
+    "prepare_loader": "aetheria.data.loader",
+    "verify": "aetheria.data.shards",
+    "write_shards": "aetheria.data.writer",
+}
+
+__all__ = [*_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if (home := _HOMES.get(name)) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
