@@ -104,7 +104,8 @@ def compare_ranks(accelerator: Accelerator, model: AetherModel, step: int) -> No
             f"the ranks have different weights at step {step}: {', '.join(f'rank {rank}' for rank in others)} of "
             f"{len(digests)} went another way than the rest. A callback that changes weights on one rank, an operation "
             "that is not deterministic, or faulty hardware may be the cause. Nothing was saved at this step, but a "
-            "snapshot from before it may hold the first rank's weights after they had parted."
+            "snapshot from before it may hold the first rank's weights after they had parted. Where ranks are meant to "
+            "differ, write compare_ranks_every: null."
         )
 
 
