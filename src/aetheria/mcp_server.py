@@ -311,7 +311,7 @@ def _add_commands(server: MCPServer, agent: Agent) -> None:
 
     @server.tool()
     async def health(run: str, check: str = "numerics", replicas: list[str] | None = None) -> dict[str, Any]:
-        """Look into a run: numerics, activations, throughput or determinism."""
+        """Look into a run: numerics, activations, throughput, determinism or ranks."""
         return await send(run, "health", {"check": check}, "", timeout=120.0, replicas=replicas or ())
 
     @server.tool()

@@ -195,7 +195,7 @@ def note(
 def health(
     run: HubRun,
     check: Annotated[
-        str, typer.Option("--check", metavar="WHAT", help="numerics, activations, throughput or determinism.")
+        str, typer.Option("--check", metavar="WHAT", help="numerics, activations, throughput, determinism or ranks.")
     ] = "numerics",
     timeout: Timeout = 120.0,
     replicas: Replicas = None,
