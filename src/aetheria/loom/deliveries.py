@@ -224,6 +224,9 @@ class Deliveries:
     def _arrivals(self) -> list[Arrival]:
         return [delivery.arrival for delivery in list(self._open.values()) if delivery.arrival is not None]
 
+    def _here(self) -> set[str]:
+        return {arrival.id for arrival in (*self._arrivals(), *(arrival for _, arrival in self._held.values()))}
+
     async def _let_go(self, held: list[str], unanswered: Unanswered) -> None:
         """Takes commands that wait for others, if these will not come: if the server waits for no more than are here.
 
@@ -233,8 +236,11 @@ class Deliveries:
         """
         too_long = time.monotonic() - _LONGEST + _MISSED
         given_up = [previous for previous in held if previous in self._held and self._held[previous][0] < too_long]
-        if not given_up and (await unanswered() or 0) > len(self._arrivals()) + len(self._held):
-            return
+        if not given_up:
+            here = self._here()
+            waits_for = await unanswered() or 0
+            if waits_for > len(here & self._here()):  # what came or was answered meanwhile, the server may not count
+                return
         for previous in sorted(held, key=lambda each: self._held[each][1].order if each in self._held else 0):
             if (found := self._held.pop(previous, None)) is not None:
                 await self._arrive(found[1])

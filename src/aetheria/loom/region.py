@@ -157,7 +157,10 @@ class Region:
         now = words[_COMMAND_WORD]
         if now == self._taken_at:
             return []
-        heads = sorted((words[head + 1], head) for head in map(self._slot, range(SLOTS)) if words[head] == _FULL)
+        # While the slots are looked through others are filled: one that comes late must not be found, and one before it
+        # not, because its slot had been passed. What the word did not count yet waits for the next look.
+        full = [(words[head + 1], head) for head in map(self._slot, range(SLOTS)) if words[head] == _FULL]
+        heads = sorted(found for found in full if found[0] <= now)
         taken: list[bytes] = []
         for _, head in heads:
             start = head * 8 + _SLOT_HEAD

@@ -245,6 +245,31 @@ def test_what_was_never_stored_is_not_waited_for_for_ever(
     asyncio.run(body())
 
 
+def test_what_comes_while_the_server_is_asked_is_not_taken_for_what_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def body() -> None:
+        way = _Way()
+
+        async def ask() -> int:
+            await way.arrive(3, previous=True)
+            return 3  # 0, 2, and 1, which is still to come
+
+        await way.arrive(0, previous=True)
+        await way.arrive(2, previous=True)
+        now = time.monotonic()
+        monkeypatch.setattr("aetheria.loom.deliveries.time.monotonic", lambda: now + 5)
+        await way.deliveries.keep(ask)
+        way.train()
+        assert way.trained == names(0)
+        await way.arrive(1, previous=True)
+        way.train()
+        assert way.trained == names(0, 1, 2, 3)
+        way.close()
+
+    asyncio.run(body())
+
+
 def test_a_new_sidecar_asks_what_the_one_before_it_has_taken_along() -> None:
     async def body() -> None:
         way = _Way()

@@ -242,6 +242,23 @@ def test_commands_are_taken_in_order_and_announced_by_the_word(region: Region) -
     other.close()
 
 
+def test_what_is_offered_while_the_slots_are_looked_through_overtakes_nothing(
+    region: Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, late = Region._slot, [b"1", b"2"]
+    region.offer(b"0")
+
+    def looked_at(slot: int) -> int:
+        while slot == 2 and late:  # slot 1 has been found free
+            region.offer(late.pop(0))
+        return place(slot)
+
+    monkeypatch.setattr(Region, "_slot", staticmethod(looked_at))
+    assert region.take() == [b"0"]
+    assert region.take() == [b"1", b"2"]
+    assert region.take() == []
+
+
 def test_a_sidecar_killed_before_the_word_is_made_up_for_by_the_next(region: Region) -> None:
     region.offer(b"command")
     assert region.take() == [b"command"]
