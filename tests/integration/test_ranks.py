@@ -19,6 +19,7 @@ from aetheria import AetherModel, Callback, Orchestrator, TrainingConfig
 from aetheria.core import AetherDataModule
 from aetheria.core.shards import whole
 from aetheria.loom.reader import RunReader
+from aetheria.plugins.callbacks.early_stopping import EarlyStopping
 from aetheria.runs import RunFolder
 from aetheria.snapshot import list_snapshots
 from aetheria.snapshot.format import model_tensors
@@ -393,3 +394,33 @@ def test_a_master_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(RuntimeError, match=r"rank 1 of 2 did not find the others at 127\.0\.0\.1"):
         rank.result()
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+def ends(runs_dir: str, how: str) -> tuple[str, int, str, str]:
+    class Tires(Callback):
+        def on_batch_end(self, batch_idx: int, metrics: dict[str, Tensor]) -> None:
+            if self.context.accelerator.rank == 1 and self.context.global_step == 3:
+                self.context.request_stop("rank 1 is tired")  # a clock of its own, for instance
+
+    torch.manual_seed(0)
+    callbacks = [Tires()] if how == "one rank" else [EarlyStopping("val_error", patience=1, min_delta=1e9)]
+    config = TrainingConfig(epochs=40, runs_dir=Path(runs_dir), live="off")
+    result = Orchestrator(Watched(), Data(6), config, callbacks=callbacks).run()
+    return result.status, result.global_step, result.digest, str(result.folder)
+
+
+class Watched(Model):
+    def validation_step(self, batch: Any) -> dict[str, Tensor]:
+        return {"error": self.training_step(batch)["error"]}
+
+
+@pytest.mark.parametrize("how", ["early stopping", "one rank"])
+def test_whoever_wants_the_end_all_leave_at_the_same_step_with_one_snapshot(tmp_path: Path, how: str) -> None:
+    first, *others = run_ranks(3, ends, str(tmp_path), how)
+    assert others == [first] * 2
+    status, step, digest, folder = first
+    assert status == "stopped"
+    assert step < 40 * 3
+    snapshots = list_snapshots(Path(folder) / "snapshots")
+    assert [snapshot.manifest.digest for snapshot in snapshots if snapshot.manifest.step == step] == [digest]
