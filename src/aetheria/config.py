@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from aetheria.durations import Seconds
 from aetheria.errors import ConfigError, did_you_mean
 from aetheria.replicas import ID_IN_WORDS, is_replica_id
 from aetheria.wording import KeyPath, expected, found, mismatches
@@ -61,6 +62,9 @@ def _registered_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_registered_name)]
+
+
+_ENDS = ("epochs", "max_steps", "max_time")  # one of them must be given: otherwise a run would never end
 
 
 class _Section(BaseModel):
@@ -171,7 +175,7 @@ class PluginSpec(_Section):
 
 
 class TrainingConfig(_Section):
-    """How a run is trained. `epochs` or `max_steps` must be given; everything else has a default.
+    """How a run is trained. `epochs`, `max_steps` or `max_time` must be given; everything else has a default.
 
     From a file with `TrainingConfig.from_yaml("config.yaml")`, or from Python with `TrainingConfig(epochs=3)`.
 
@@ -179,12 +183,14 @@ class TrainingConfig(_Section):
         ConfigError: one line for each thing that is wrong.
     """
 
-    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["epochs"]}, {"required": ["max_steps"]}]})
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": [key]} for key in _ENDS]})
 
     epochs: Count | None = None
-    """Passes over the training data. With max_steps, whichever is reached first ends the run."""
+    """Passes over the training data. With max_steps or max_time, whichever is reached first ends the run."""
     max_steps: Count | None = None
     """Optimiser steps."""
+    max_time: Seconds | None = None
+    """Time of training over all lives of the run: seconds, or for instance 90m, 12h, 1d6h30m. Pauses do not count."""
     batch_size: Count | None = None
     """Samples in a micro-batch on each rank. Without it and global_batch_size the data module decides."""
     global_batch_size: Count | None = None
@@ -369,8 +375,8 @@ def _combinations(config: TrainingConfig) -> Iterator[tuple[set[str], Problem]]:
     def clash(*keys: str, text: str) -> tuple[set[str], Problem]:
         return {key.split(".")[0] for key in keys}, Problem(tuple(keys[0].split(".")), text)
 
-    if config.epochs is None and config.max_steps is None:
-        yield clash("epochs", "max_steps", text="found neither epochs nor max_steps, expected at least one. Add it.")
+    if all(getattr(config, key) is None for key in _ENDS):
+        yield clash(*_ENDS, text="found none of epochs, max_steps and max_time, expected at least one. Add it.")
     for first, second in _ALTERNATIVES:
         if getattr(config, first) is not None and getattr(config, second) is not None:
             yield clash(second, first, text=f"found together with {first}, expected one of the two. Remove the other.")

@@ -23,6 +23,7 @@ from aetheria.data.order import mix
 from aetheria.data.randomness import seed_generators
 from aetheria.engine.assembly import build_callbacks, build_model_and_data, config_of_run, prepare_loaders
 from aetheria.engine.boundary import BoundedRun
+from aetheria.engine.clock import TrainingClock
 from aetheria.engine.dropped import DroppedWindows
 from aetheria.engine.hooks import Hooks
 from aetheria.engine.keeper import SnapshotKeeper
@@ -75,6 +76,7 @@ class Orchestrator(BoundedRun):
         self.accelerator = create_accelerator(config) if accelerator is None else accelerator
         self.callbacks = build_callbacks(config, callbacks)
         self.state = LoopState()
+        self.clock = TrainingClock()
         self._status: Literal["completed", "stopped", "interrupted"] = "completed"
         self._unsettled: Window | None = None
         self._snapshot_at_end = True
@@ -265,7 +267,10 @@ class Orchestrator(BoundedRun):
 
     # --- the loop --------------------------------------------------------------------------------------------------
     def _train_until_done(self) -> None:
+        self.clock.start()
+        self._train.follow(self.state.cursor)
         self._boundary()  # what a resumed run still owes to the boundary at which it was saved
+        self._say_if_over()
         while not self._done():
             self._run_epoch()
 
@@ -288,7 +293,7 @@ class Orchestrator(BoundedRun):
         self._end_epoch()
 
     def _epoch_is_over(self) -> bool:
-        return self.state.cursor.batches == self._train.batches_per_epoch
+        return self._train.is_over(self.state.cursor)
 
     def _windows(self) -> Generator[Window]:
         size = self.config.grad_accumulation_steps
@@ -305,7 +310,7 @@ class Orchestrator(BoundedRun):
             self._settle()  # its answer decides the learning rate of this step; the device is long past it
         self._runner.step(window)
         self._runner.zero()
-        self.state.cursor.advance(len(window.batches), window.samples)
+        self.state.cursor.advance(len(window.batches), window.samples, window.positions)
         self._unsettled = window
         if window.taken is True or window.taken is False:
             self._settle()

@@ -23,7 +23,7 @@ from aetheria.snapshot.format import model_tensors
 __all__ = ["Replay", "replay_run"]
 
 REPLAYS = "replays"  # in the folder of all runs: so that nobody takes a replay for the newest run
-_HOW_LONG = frozenset({"epochs", "max_steps"})  # a replay goes as far as the run went
+_HOW_LONG = frozenset({"epochs", "max_steps", "max_time"})  # a replay goes as far as the run went
 # What may differ between two lives of a run without a trace in its weights.
 _HARMLESS = _HOW_LONG | {"live", "runs_dir", "run_name", "replica_id", "log_every", "snapshots", "loggers"}
 
@@ -144,6 +144,7 @@ def _config(content: dict[str, Any], folder: RunFolder, until: int) -> TrainingC
         "replica_id": None,
         "epochs": None,
         "max_steps": until,
+        "max_time": None,
         "snapshots": {**values["snapshots"], "every_steps": None, "every_epochs": None, "every_seconds": None},
         "live": "off",
     }

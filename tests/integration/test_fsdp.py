@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -312,3 +313,43 @@ def refused(model: str, options: dict[str, Any], runs_dir: str) -> str:
 def test_what_cannot_be_sharded_is_refused(tmp_path: Path, model: str, options: dict[str, Any], words: str) -> None:
     for said in run_ranks(2, refused, model, options, str(tmp_path)):
         assert words in said
+
+
+# --- buffers ---------------------------------------------------------------------------------------------------------
+class Projected(Model):
+    """With buffers that whoever built it has drawn, of a kind that is rare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("projection", torch.randn(5, 5, dtype=torch.float64))
+        self.register_buffer("phases", torch.randn(3, dtype=torch.complex64))
+
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        features, target, tokens = batch
+        return super().training_step((features @ self.projection * self.phases.abs().sum().double(), target, tokens))
+
+
+def with_buffers(runs_dir: str) -> tuple[list[Any], str, str]:
+    found: list[Any] = []
+
+    class Looks(Callback):
+        def on_batch_end(self, batch_idx: int, metrics: dict[str, Tensor]) -> None:
+            found.append(self.context.model.projection.tolist())
+
+    torch.manual_seed(int(os.environ["RANK"]))  # as if unseeded: each rank has drawn something else
+    config = TrainingConfig(max_steps=2, val_interval=None, runs_dir=Path(runs_dir), live="off", **FSDP)
+    result = Orchestrator(Projected(), Data(6), config, callbacks=[Looks()]).run()
+    return found, result.digest, str(result.folder)
+
+
+def test_buffers_are_those_of_the_first_rank_and_may_be_complex(tmp_path: Path) -> None:
+    (ours, digest, folder), (theirs, other, _) = run_ranks(2, with_buffers, str(tmp_path))
+    assert len(ours) == 2
+    assert ours == theirs
+    assert digest == other
+    newest = list_snapshots(Path(folder) / "snapshots")[-1]
+    newest.verify()
+    assert newest.manifest.digest == digest == weights_digest(newest.weights())
+    whole = safetensors.torch.load_file(newest.path / "model.safetensors")
+    assert whole["phases"].dtype == torch.complex64
+    assert whole["projection"].tolist() == ours[-1]

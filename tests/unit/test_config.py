@@ -47,6 +47,7 @@ def test_defaults_resolve_to_plain_values_and_back():
     "values",
     [
         {"max_steps": 10, "val_every_steps": 5},
+        {"max_time": "1d6h30m"},
         {"epochs": 1, "mixed_precision": True},
         {"epochs": 1, "mixed_precision": True, "precision": "bf16"},
         {"epochs": 1, "val_interval": None},
@@ -313,7 +314,9 @@ def test_a_refused_value_is_named_with_its_line(write, content, message):
 
 def test_a_run_needs_an_end(write):
     path = write("seed: 1\n")
-    assert refusal(path) == [f"{path}: epochs: found neither epochs nor max_steps, expected at least one. Add it."]
+    assert refusal(path) == [
+        f"{path}: epochs: found none of epochs, max_steps and max_time, expected at least one. Add it."
+    ]
 
 
 def test_all_problems_come_at_once_in_the_order_of_the_file(write):

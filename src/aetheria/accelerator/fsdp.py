@@ -101,6 +101,7 @@ class FSDPAccelerator(RankedAccelerator):
         _check_parameters(model, modules)
         for parameter in model.parameters():  # as DDP does: whoever built his model unseeded trains the first rank's
             dist.broadcast(parameter.detach(), 0, group=self.ranks.group if self.device.type == "cpu" else None)
+        self.share_buffers(model)
         if styles:
             cut_layers(model, styles, self._tensor_mesh)
         from torch.distributed.fsdp import fully_shard  # noqa: PLC0415

@@ -146,14 +146,18 @@ def _print_result(result: RunResult, config: TrainingConfig) -> None:
     if result.signal is not None:
         typer.echo(f"\nContinue with:\n  {_continue_command(result.folder, config)}")
         return
-    reached_steps = config.max_steps is not None and result.global_step >= config.max_steps
+    more = "epochs"
+    if config.max_steps is not None and result.global_step >= config.max_steps:
+        more = "max_steps"
+    elif config.max_time is not None and result.status == "completed" and len(result.history) != config.epochs:
+        more = "max_time"
     typer.echo(
         "\nNext:\n"
         f"  aetheria show {run}\n"
         f"  aetheria plot {run} -o curves.png\n"
         f"  aetheria predict {run} --input FILE --output FILE\n"
         f"  {_continue_command(result.folder, config)}"
-        f" --set {'max_steps' if reached_steps else 'epochs'}=N    # train longer"
+        f" --set {more}=N    # train longer"
     )
 
 

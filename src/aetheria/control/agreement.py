@@ -26,8 +26,9 @@ __all__ = ["Agreement"]
 
 _INTERVAL = 0.5  # seconds between two exchanges: so long a command may wait, twice
 _MOST = 100_000  # steps between two, at most
-_SIGNAL, _STOP, _SAVE, _LENGTH, _STEPS, _SUM, _MINUS_SUM = range(7)
+_SIGNAL, _STOP, _SAVE, _LENGTH, _STEPS, _SUM, _MINUS_SUM, _TIME = range(8)
 _HEAD = 8
+_PER_SECOND = 1000  # the vector holds whole numbers: milliseconds
 _PAYLOAD = 448  # bytes that fit into the vector; what is longer is sent once it has been announced
 _NOTHING = torch.iinfo(torch.int64).min
 _PATIENCE = 10.0  # seconds that a parked rank which is to end waits for the first one
@@ -86,6 +87,7 @@ class Agreement:
         head[_SAVE], head[_LENGTH] = wishes.save, len(payload)
         head[_STEPS] = self._steps if self._rank == 0 else 0
         head[_SUM], head[_MINUS_SUM] = checksum, -checksum
+        head[_TIME] = int(wishes.seconds * _PER_SECOND)
         vector = torch.full((_HEAD + _PAYLOAD // 8,), _NOTHING, dtype=torch.int64)
         vector[:_HEAD] = torch.tensor(head)
         if payload and len(payload) <= _PAYLOAD:
@@ -142,7 +144,7 @@ class Agreement:
         if head[_STOP]:
             stop = self._group.broadcast(self._wishes.stop.encode(), head[_STOP] - 1).decode()
         commands = tuple(msgspec.msgpack.decode(payload, type=list[bytes])) if length else ()
-        return Decision(head[_SIGNAL], stop, head[_SAVE], commands)
+        return Decision(head[_SIGNAL], stop, head[_SAVE], commands, head[_TIME] / _PER_SECOND)
 
     def now(self, wishes: Wishes) -> Decision:
         """Returns what all agree on at this very moment; waits for the slowest."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aetheria.core.hardware import Accelerator
-from aetheria.core.science import AetherModel
+from aetheria.core.science import AetherDataModule, AetherModel
 
 if TYPE_CHECKING:
     from aetheria.config import TrainingConfig
@@ -43,6 +43,8 @@ class TrainingContext(Protocol):
     def config(self) -> TrainingConfig: ...
     @property
     def model(self) -> AetherModel: ...
+    @property
+    def data(self) -> AetherDataModule: ...
     @property
     def optimizer(self) -> Optimizer: ...
     @property
@@ -177,8 +179,8 @@ class RunResult:
     Attributes:
         run_id: name of the run folder.
         folder: the run folder.
-        status: "completed" (epochs or steps reached), "stopped" (early stopping, `nonfinite: stop`, a limit of time)
-            or "interrupted" (SIGINT, SIGTERM).
+        status: "completed" (epochs, steps or time reached), "stopped" (early stopping, `nonfinite: stop`, a command) or
+            "interrupted" (SIGINT, SIGTERM).
         global_step: optimiser steps taken since the run began.
         metrics: the last epoch's metrics, training means and `val_` means.
         digest: sha256 over names, dtypes, shapes and bytes of the weights.

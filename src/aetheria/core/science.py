@@ -162,6 +162,7 @@ class MicroBatch:
         ids: the stable ids of those samples, int64 of shape [size]; None for iterables, which have none.
         total: the number of samples in the micro-batches of all ranks; `size` where there is one rank.
         all_ids: the ids of those.
+        positions: how many places in the order of the data it spans; `total` where nothing is passed over.
     """
 
     data: Any
@@ -169,7 +170,10 @@ class MicroBatch:
     ids: Any = None
     total: int = -1
     all_ids: Any = None
+    positions: int = -1
 
     def __post_init__(self) -> None:
         if self.total < 0:
             self.total, self.all_ids = self.size, self.ids
+        if self.positions < 0:
+            self.positions = self.total

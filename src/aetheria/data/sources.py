@@ -58,6 +58,17 @@ class BatchSource(ABC):
                 "position. Continue it with as many ranks, or from the end of an epoch."
             )
 
+    def follow(self, cursor: Cursor) -> None:  # noqa: B027 - a hook
+        """Is told, before anything else, which cursor will move on while it is read."""
+
+    def is_over(self, cursor: Cursor) -> bool:
+        """Returns whether a cursor has consumed all of its epoch."""
+        return cursor.batches == self.batches_per_epoch
+
+    def notices(self) -> list[str]:
+        """Returns what is to be told of the data since it was asked last: samples that cannot be read."""
+        return []
+
     def close(self) -> None:  # noqa: B027 - a hook
         """Ends worker processes that outlive an epoch, here and now; left to the garbage collector they linger."""
 

@@ -62,6 +62,8 @@ class BoundedRun(EndingRun):
         if self._agreement is not None:
             agreed = self._agreement.decide(step, together, self._wishes)
             self.act_on(agreed)
+        else:
+            self.state.seconds = self.clock.seconds
         if self._steering.attend(agreed.commands):
             self._next_due = 0
             return True
@@ -92,6 +94,8 @@ class BoundedRun(EndingRun):
                 self._reporter.exchange()  # all ranks are here, and threads have been woken anyway
             self._next_due = min(self._next_due, self._agreement.due_at)
         self._deadline = self._keeper.deadline()
+        if self._alone:  # several ranks look when they begin an exchange, and end when they have agreed
+            self._deadline = min(self._deadline, self.clock.when(config.max_time))
         return False
 
     @property
@@ -102,10 +106,7 @@ class BoundedRun(EndingRun):
         return (self.config.compare_ranks_every or 0) if has_copies else 0
 
     def _done(self) -> bool:
-        if self.stop_requested():
-            return True
-        steps, epochs = self.config.max_steps, self.config.epochs
-        return (steps is not None and self.global_step >= steps) or (epochs is not None and self.epoch >= epochs)
+        return self.stop_requested() or bool(self._reached())
 
     def _validate(self) -> bool:
         """Validates, unless that has been done at this step; returns whether it was not interrupted."""

@@ -57,12 +57,14 @@ class CommandedRun(RunContext):
         return self._signals.received or 0
 
     def act_on(self, decision: Decision) -> None:
-        self._agreed = self._agreed.and_then(decision._replace(commands=(), save=0))
+        self._agreed = self._agreed.and_then(decision._replace(commands=(), save=0, seconds=0))
+        self.state.seconds = max(self.state.seconds, decision.seconds)
 
     def _wishes(self) -> Wishes:
         commands = self._steering.arrived() if self.accelerator.is_main_process else []
         alike = f"revision {self._steering.desk.revision} of {self.config!r}"
-        return Wishes(self.signal_received(), self._wished_stop, self._keeper.wish, commands, alike)
+        signal, seconds = self.signal_received(), self.clock.seconds
+        return Wishes(signal, self._wished_stop, self._keeper.wish, commands, alike, seconds)
 
     def save_now(self, reason: str, pinned: bool) -> None:
         self._save(reason, pinned)
@@ -98,8 +100,10 @@ class CommandedRun(RunContext):
 
     def _take_over(self, restored: Restored) -> None:
         self.state = LoopState.from_state(restored.loop)
+        self.clock.set(self.state.seconds)
         if restored.ranks != self.accelerator.data_ranks and self.state.cursor.batches:
             self._train.continued(self.state.cursor, restored.ranks)
+        self._train.follow(self.state.cursor)
 
     def validate_now(self) -> dict[str, float]:
         if self._val is None:
@@ -131,8 +135,8 @@ class CommandedRun(RunContext):
 
     def _reconfigure(self, **changes: Any) -> None:
         config = self.config.model_copy(update=changes)
-        if config.epochs is None and config.max_steps is None:
-            raise CommandError("one of epochs and max_steps must stay: otherwise the run would never end.")
+        if config.epochs is None and config.max_steps is None and config.max_time is None:
+            raise CommandError("one of epochs, max_steps and max_time must stay: otherwise the run would never end.")
         if config.max_grad_norm is not None and config.max_grad_value is not None:
             raise CommandError("max_grad_norm and max_grad_value exclude one another: set the other one to null first.")
         self.config = config

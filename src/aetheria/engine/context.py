@@ -14,6 +14,7 @@ from aetheria.config import TrainingConfig
 from aetheria.control.decision import Decision
 from aetheria.core import Accelerator, AetherModel, RunEvent
 from aetheria.data import BatchSource
+from aetheria.engine.clock import TrainingClock
 from aetheria.engine.keeper import SnapshotKeeper
 from aetheria.engine.loop_state import LoopState
 from aetheria.engine.opening import OpenedRun
@@ -33,12 +34,14 @@ class RunContext:
         model: what is trained.
         accelerator: the hardware.
         state: where the loop is: step, cursor, history.
+        clock: how long it has been trained.
     """
 
     config: TrainingConfig
     model: AetherModel
     accelerator: Accelerator
     state: LoopState
+    clock: TrainingClock
     _opened: OpenedRun
     _schedules: Schedules
     _train: BatchSource
@@ -120,3 +123,5 @@ class RunContext:
     def _note_remarks(self) -> None:
         for remark in self.accelerator.remarks():
             self.record("nonfinite", remark)
+        for notice in self._train.notices():
+            self.record("data", notice)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from aetheria.core import RunResult
+from aetheria.durations import duration_in_words
 from aetheria.engine.commands import CommandedRun
 from aetheria.errors import RunFolderError, SnapshotError
 from aetheria.snapshot import weights_digest
@@ -78,7 +79,35 @@ class EndingRun(CommandedRun):
             self._status = "stopped"
             return self._stop_reason
         self._status = "completed"
-        return f"{self.epoch} epochs, {self.global_step} steps"
+        up = ""
+        if self._reached() == "max_time" and self.config.max_time is not None:
+            up = f"; the time is up (max_time {duration_in_words(self.config.max_time)})"
+        return f"{self.epoch} epochs, {self.global_step} steps{up}"
+
+    def _reached(self) -> Literal["epochs", "max_steps", "max_time", ""]:
+        """Returns the limit of the configuration that has been reached; all ranks find the same."""
+        config, state = self.config, self.state
+        if config.epochs is not None and self.epoch >= config.epochs:
+            return "epochs"
+        if config.max_steps is not None and self.global_step >= config.max_steps:
+            return "max_steps"
+        if config.max_time is not None and state.seconds >= config.max_time:
+            return "max_time"
+        return ""
+
+    def _say_if_over(self) -> None:
+        """Says, at the beginning of a run that is continued, that nothing will be trained."""
+        if self._opened.snapshot is None or not (limit := self._reached()):
+            return
+        there: dict[str, str] = {"epochs": f"{self.epoch}", "max_steps": f"{self.global_step}"}
+        there["max_time"] = duration_in_words(round(self.state.seconds))
+        asked = getattr(self.config, limit)
+        asked = duration_in_words(asked) if limit == "max_time" else asked
+        self.record(
+            "warning",
+            f"nothing is left to train: {limit} is {asked}, and {there[limit]} lie behind. To go on, continue with "
+            f"more: --set {limit}=...",
+        )
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):

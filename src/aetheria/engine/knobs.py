@@ -16,6 +16,7 @@ from aetheria.config import TrainingConfig
 from aetheria.control.knobs import Knob, Knobs, declared
 from aetheria.control.optimizer_knobs import keep_groups, optimizer_knobs
 from aetheria.core import Accelerator, AetherDataModule, AetherModel, Callback, OptimizerPlan, Schedule
+from aetheria.durations import SecondsOrText
 from aetheria.engine.schedules import Schedules
 from aetheria.errors import CommandError
 from aetheria.registry import Registry
@@ -90,6 +91,8 @@ def _of_config(run: Steered) -> Iterator[Knob]:
     )
     yield knob("epochs", int | None, "Passes over the training data; the run ends after them.", "epochs", ge=1)
     yield knob("max_steps", int | None, "Optimiser steps; the run ends after them.", "steps", ge=1)
+    about = "Time of training, pauses apart; the run ends after it. A number, or for instance 90m, 12h, 1d6h30m."
+    yield knob("max_time", SecondsOrText | None, about, "s")
     yield knob("val_interval", int | None, "A validation after every so many epochs.", "epochs", ge=1)
     yield knob("val_every_steps", int | None, "A validation after every so many steps.", "steps", ge=1)
     yield knob("log_every", int, "Metrics are logged every so many steps.", "steps", ge=1)

@@ -21,6 +21,7 @@ class LoopState:
         dropped_in_a_row: windows dropped since the last step that was taken.
         logged_at: the step at which metrics were last logged.
         validated_at: the step at which a validation last ran to its end.
+        seconds: how long has been trained, as of the last boundary at which that was looked up; the ranks agree on it.
         fresh: metrics of exactly this step: what a snapshot taken here is worth.
     """
 
@@ -30,6 +31,7 @@ class LoopState:
     dropped_in_a_row: int = 0
     logged_at: int = 0
     validated_at: int = 0
+    seconds: float = 0.0
     fresh: dict[str, float] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from aetheria.control.line import Line
 from aetheria.control.pausing import Pausing
 from aetheria.control.telling import Telling
 from aetheria.core import Accelerator, AetherModel
+from aetheria.engine.clock import TrainingClock
 from aetheria.engine.fingerprint import fingerprint
 from aetheria.protocol import (
     AnyCommand,
@@ -40,6 +41,7 @@ class Steerable(Protocol):
 
     model: AetherModel
     accelerator: Accelerator
+    clock: TrainingClock
 
     @property
     def boundary(self) -> Boundary:
@@ -174,10 +176,11 @@ class Steering:
 
     def _wait(self) -> None:
         self.say("paused")
-        if self._agreement is None:
-            self.pausing.wait(self.line, self._take, lambda: self.seen, self._run.stop_requested)
-        else:
-            self._wait_together(self._agreement)
+        with self._run.clock.standing_still():
+            if self._agreement is None:
+                self.pausing.wait(self.line, self._take, lambda: self.seen, self._run.stop_requested)
+            else:
+                self._wait_together(self._agreement)
         self.say("running")
 
     def _wait_together(self, agreement: Agreement) -> None:

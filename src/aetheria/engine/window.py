@@ -30,6 +30,7 @@ class Window:
     Attributes:
         batches: what was fetched, on the device.
         samples: how many samples are in it, over all ranks.
+        positions: how many places in the order of the data it spans, over all ranks; None for as many as samples.
         metrics: of each micro-batch that was computed: its values and its weight.
         norm: total norm of the gradients before clipping, where it was needed.
         taken: whether the optimiser step was taken; a device may answer late.
@@ -37,6 +38,7 @@ class Window:
 
     batches: list[MicroBatch]
     samples: int
+    positions: int | None = None
     metrics: list[tuple[dict[str, Any], float | Tensor]] = field(default_factory=list)
     norm: Tensor | None = None
     taken: bool | LateAnswer = False
@@ -65,10 +67,11 @@ def windows(batches: Iterator[MicroBatch], size: Callable[[], int]) -> Generator
     """
     for first in batches:
         if (count := size()) == 1:
-            yield Window([first], first.total)
+            yield Window([first], first.total, first.positions)
         else:
             group = [first, *islice(batches, count - 1)]
-            yield Window(group, sum(batch.total for batch in group))
+            samples, positions = sum(batch.total for batch in group), sum(batch.positions for batch in group)
+            yield Window(group, samples, positions)
 
 
 class WindowRunner:

@@ -58,10 +58,16 @@ _DTYPES = {  # as safetensors calls them
     torch.int16: "I16",
     torch.int32: "I32",
     torch.int64: "I64",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float32: "F32",
     torch.float64: "F64",
+    torch.complex64: "C64",
 }
 
 Place = Callable[[str, torch.Size, torch.dtype], Tensor]
@@ -151,6 +157,8 @@ def write_shards(
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 found[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": digest}
             fsync_directory(folder)
+        for parent in {folder.parent for folder in folders}:  # the folder that they lie in is itself new
+            fsync_directory(parent)
         return found
 
     files: dict[str, dict[str, Any]] = {}

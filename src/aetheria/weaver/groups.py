@@ -161,7 +161,11 @@ class Groups:
         return ReplicaOutcome(**part._asdict(), outcome=outcome)
 
     async def _look(self, part: Part, wait: float) -> ReplicaOutcome:
-        return ReplicaOutcome(**part._asdict(), outcome=await self._hub.outcome(part.run, part.command, wait))
+        try:
+            outcome = await self._hub.outcome(part.run, part.command, wait)
+        except HubError as error:  # of this replica; the others' answers are not held back for it
+            return ReplicaOutcome(**part._asdict(), problem=str(error))
+        return ReplicaOutcome(**part._asdict(), outcome=outcome)
 
 
 def _status_of(known: KnownRun) -> str:
