@@ -258,7 +258,8 @@ class Desk:
         except Exception as error:  # said in the outcome, with its traceback in the log; training goes on
             if self.actions[command.op_name].together and not self._alone and not isinstance(error, CommandError):
                 raise
-            logger.warning("{} failed at step {}: {}", command.op_name, boundary.step, traceback.format_exc())
+            told = error if isinstance(error, CommandError) else traceback.format_exc()
+            logger.warning("{} failed at step {}: {}", command.op_name, boundary.step, told)
             notes = " ".join(getattr(error, "__notes__", ()))
             message = f"{error}" if isinstance(error, CommandError) else f"{type(error).__name__}: {error}"
             return self._end(command, "failed", boundary, f"{message} {notes}".strip(), again=again)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 __all__ = [
+    "BEATS",
     "Event",
     "Heartbeat",
     "Kind",
@@ -29,6 +30,9 @@ counts. JSON, all of them."""
 
 Point = tuple[float, int, dict[str, float]]
 """The metrics of one moment: seconds since 1970 (UTC), the step, the values by name."""
+
+BEATS = 2
+"""Seconds between two heartbeats: whoever says nothing for fifteen is called silent."""
 
 
 class Event(msgspec.Struct):

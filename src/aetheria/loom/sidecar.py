@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from loguru import logger
 from aetheria.errors import HubError
 from aetheria.loom.deliveries import Deliveries
 from aetheria.loom.hub_file import Access, HubAddress, host_name, hub_file, read_hub_file, register
-from aetheria.loom.messages import Heartbeat
+from aetheria.loom.messages import BEATS, Heartbeat
 from aetheria.loom.mirroring import Mirroring
 from aetheria.loom.processes import ended
 from aetheria.loom.region import Region
@@ -40,7 +41,7 @@ _BUSY_LOOK = 0.002  # while an answer is expected
 _IDLE_LOOK = 0.05  # what it costs to look is taken from the training, where their processors share anything
 _METRICS = 0.2  # seconds between two batches of metrics
 _RECORDING = 0.5
-_HEARTBEAT = 1.0
+_LIFE = 1.0
 _SEARCH = 2.0  # seconds between two looks for a hub
 _ORPHANED = 3.0  # seconds to deliver what there is when the training process is gone
 
@@ -160,12 +161,15 @@ class Sidecar:
             await asyncio.sleep(_RECORDING)
 
     async def _give_signs_of_life(self) -> None:
-        while True:
+        told: RunEnd | None = None
+        for number in itertools.count():
             self._region.sidecar_beat()
             if (end := self._end) is not None:
-                await self._attempt(self._beat(end))
+                if end is not told or number % BEATS == 0:
+                    await self._attempt(self._beat(end))
+                    told = end
                 await self._attempt(self._deliveries.keep(end.unanswered))
-            await asyncio.sleep(_HEARTBEAT)
+            await asyncio.sleep(_LIFE)
 
     async def _beat(self, end: RunEnd) -> None:
         beat = Heartbeat(
