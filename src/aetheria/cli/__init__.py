@@ -12,6 +12,7 @@ import typer
 from aetheria import __version__
 from aetheria.cli import (
     config,
+    data,
     doctor,
     export,
     hub,
@@ -71,6 +72,7 @@ app.command("runs", rich_help_panel=LOOK)(runs.runs)
 app.command("show", rich_help_panel=LOOK)(runs.show)
 app.command("plot", rich_help_panel=LOOK)(runs.plot)
 app.add_typer(snapshot.app, name="snapshot", rich_help_panel=LOOK)
+app.add_typer(data.app, name="data", rich_help_panel=USE)
 app.command("predict", rich_help_panel=USE)(predict.predict)
 app.command("export", rich_help_panel=USE)(export.export)
 app.command("init", rich_help_panel=SET_UP)(init.init)

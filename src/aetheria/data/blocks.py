@@ -1,27 +1,32 @@
-"""Blocks where they lie: shards mapped into memory, each block checked before anything of it is used."""
+"""Blocks as columns: each checked before anything of it is used, and kept as long as there is room."""
 
 from __future__ import annotations
 
 import mmap
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from aetheria.data.manifest import BLOCKS, SHARDS, Manifest, hash_of, read_table, shard_name
+from aetheria.data.once import Once, begins_anew_in_child
 from aetheria.data.ragged import Column
 from aetheria.data.schema import Schema
 from aetheria.errors import DataDamagedError, DataError
 
-__all__ = ["Blocks", "Tables"]
+if TYPE_CHECKING:
+    from aetheria.data.places import Place
 
-_MAPS = 256  # shards that are mapped at a time; each holds a file descriptor
-_KEPT, _KEPT_UNPACKED = 4096, 16  # blocks that are remembered; those that were compressed take memory
+__all__ = ["Blocks", "Message", "Tables", "damaged", "map_file"]
+
+_KEPT_UNPACKED = 16  # blocks that do not lie in a file and so take memory; unless somebody says how many
 
 
 class Tables:
@@ -103,83 +108,175 @@ def map_file(path: Path, size: int | None = None) -> memoryview:
         raise DataDamagedError(f"{path} is missing. Put it back from a copy, or write the data anew.") from None
 
 
+@dataclass(frozen=True, slots=True)
+class Message:
+    """The bytes of a block, as Arrow reads them.
+
+    Attributes:
+        content: the bytes.
+        hash: that they must have; None where they have just been checked.
+        mapped: whether they lie in a file, so that keeping them takes no memory of this process alone.
+    """
+
+    content: Any
+    hash: int | None
+    mapped: bool
+
+
+class _Columns(dict[str, Column]):
+    """The columns of a block; unlike other dictionaries it can be watched until nobody uses it any more."""
+
+
 class Blocks:
-    """The blocks of a folder of shards, as columns. May be used by several threads.
+    """The blocks of some data, as columns. May be used by several threads: one of them checks a block for all.
 
     Args:
-        folder: of the data.
-        tables: where the blocks lie.
+        place: where their bytes come from.
+        tables: which blocks there are.
         schema: of the samples.
-        compressed: whether any block is compressed; it is then unpacked in memory, and fewer are remembered.
         quarantined: numbers of blocks that are not to be read.
+        keep: blocks that are kept at most; None for a default.
+
+    Raises:
+        DataError: there is not enough room for as many.
     """
 
     def __init__(
-        self, folder: Path, tables: Tables, schema: Schema, compressed: bool, quarantined: frozenset[int] = frozenset()
+        self,
+        place: Place,
+        tables: Tables,
+        schema: Schema,
+        quarantined: frozenset[int] = frozenset(),
+        keep: int | None = None,
     ) -> None:
-        self._folder = folder
+        self._place = place
         self._tables = tables
         self._schema = schema
         self._arrow = schema.arrow()
         self._quarantined = quarantined
-        self._limit = _KEPT_UNPACKED if compressed else _KEPT
         self._checked = np.zeros(len(tables.blocks["rows"]), dtype=bool)
-        self._maps: OrderedDict[int, memoryview] = OrderedDict()
         self._kept: OrderedDict[int, dict[str, Column]] = OrderedDict()
+        self._in_memory: set[int] = set()  # those kept that lie in memory of this process alone
+        self._limit, self._memory_limit = place.at_most(None), _KEPT_UNPACKED
+        self._once: Once[dict[str, Column]] = Once()
+        self.begin_anew()
+        begins_anew_in_child(self)
+        if keep is not None:
+            self.keep(keep)
+
+    def begin_anew(self) -> None:
+        """Makes the lock anew, in a process that was forked."""
         self._lock = threading.Lock()
+
+    def keep(self, blocks: int) -> None:
+        """Sets how many blocks are kept at most; those that were used last stay.
+
+        Raises:
+            DataError: there is not enough room for as many.
+        """
+        if blocks < 1:
+            raise DataError(f"at least one block is kept; found {blocks}.")
+        self._limit, self._memory_limit = self._place.at_most(blocks), blocks
+        self._trim()
+
+    def prefetch(self, blocks: Iterable[int]) -> None:
+        """Begins to fetch blocks that are not kept; see `Place.prefetch`."""
+        known = len(self._checked)
+        self._place.prefetch(
+            [
+                block
+                for block in blocks
+                if 0 <= block < known and block not in self._quarantined and block not in self._kept
+            ]
+        )
+
+    def several(self, blocks: Sequence[int]) -> list[dict[str, Column]]:
+        """Returns the columns of some blocks; raises what `columns` does."""
+        if self._place.slow and len(missing := [block for block in blocks if block not in self._kept]) > 1:
+            self.prefetch(missing)
+        return [self.columns(block) for block in blocks]
 
     def columns(self, block: int) -> dict[str, Column]:
         """Returns the columns of a block by path, read-only.
 
         Raises:
             DataDamagedError: its bytes are not those that were written; nothing of them has been used.
-            DataError: it is in quarantine.
+            DataError: it is in quarantine, or cannot be fetched.
         """
+        found = self._found(block)
+        return self._once(block, lambda: self._load(block)) if found is None else found
+
+    def _found(self, block: int) -> dict[str, Column] | None:
         with self._lock:
             if (found := self._kept.get(block)) is not None:
                 self._kept.move_to_end(block)
-                return found
+            return found
+
+    def _load(self, block: int) -> dict[str, Column]:
+        if (found := self._found(block)) is not None:  # another thread has just finished with it
+            return found
         if block in self._quarantined:
-            raise DataError(f"{self._folder}: {self._tables.describe(block)} is in quarantine. Leave its samples out.")
-        batch = self._batch(block)
-        columns = {
-            path: field.column(batch.column(index)) for index, (path, field) in enumerate(self._schema.fields.items())
-        }
+            raise DataError(
+                f"{self._place.name}: {self._tables.describe(block)} is in quarantine. Leave its samples out."
+            )
+        message = self._message(block)
+        batch = self._batch(block, message)
+        columns = _Columns(
+            {path: field.column(batch.column(index)) for index, (path, field) in enumerate(self._schema.fields.items())}
+        )
+        # Not when they are no longer kept: whoever is still gathering from them would bring them back.
+        weakref.finalize(columns, self._place.let_go, block).atexit = False
         with self._lock:
             self._kept[block] = columns
-            while len(self._kept) > self._limit:
-                self._kept.popitem(last=False)
+            if not (message.mapped and batch.nbytes <= len(message.content)):  # unpacked, or never in a file
+                self._in_memory.add(block)
+        self._trim()
         return columns
 
-    def _batch(self, block: int) -> pa.RecordBatch:
-        table = self._tables.blocks
-        shard, offset, size = int(table["shard"][block]), int(table["offset"][block]), int(table["bytes"][block])
-        message = pa.py_buffer(self._map(shard)[offset : offset + size])
-        if not self._checked[block] and hash_of(message) != int(table["hash"][block]):
-            raise DataDamagedError(
-                f"{self._folder}: {self._tables.describe(block)} is damaged: its hash is not the one that was written. "
-                "Put the shard back from a copy, or write the data anew. aetheria.data.verify(folder) names every "
-                "damaged block."
-            )
+    def _trim(self) -> None:
+        gone = []  # to be let go of without the lock
+        with self._lock:
+            while len(self._kept) > self._limit:
+                block, columns = self._kept.popitem(last=False)
+                self._in_memory.discard(block)
+                gone.append(columns)
+            while len(self._in_memory) > self._memory_limit:
+                block = next(block for block in self._kept if block in self._in_memory)
+                self._in_memory.discard(block)
+                gone.append(self._kept.pop(block))
+
+    def _message(self, block: int) -> Message:
+        """Returns the bytes of a block, checked; fetches those anew that were damaged in a cache."""
+        while True:
+            message = self._place.message(block)
+            if message.hash is None or (self._place.lasting and self._checked[block]):
+                return message
+            if hash_of(message.content) == message.hash:
+                return message
+            if not self._place.discard(block):
+                raise damaged(self._place.name, self._tables, block)
+
+    def _batch(self, block: int, message: Message) -> pa.RecordBatch:
         try:
-            batch = pa.ipc.read_record_batch(message, self._arrow)
+            batch = pa.ipc.read_record_batch(pa.py_buffer(message.content), self._arrow)
             if not self._checked[block]:
                 batch.validate(full=True)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataDamagedError(
-                f"{self._folder}: {self._tables.describe(block)} was written so that it cannot be read: {error}"
+                f"{self._place.name}: {self._tables.describe(block)} was written so that it cannot be read: {error}"
             ) from error
-        if batch.num_rows != int(table["rows"][block]) or any(column.null_count for column in batch.columns):
-            raise DataDamagedError(f"{self._folder}: {self._tables.describe(block)} is not what the manifest says.")
+        if batch.num_rows != int(self._tables.blocks["rows"][block]) or any(
+            column.null_count for column in batch.columns
+        ):
+            raise DataDamagedError(f"{self._place.name}: {self._tables.describe(block)} is not what the manifest says.")
         self._checked[block] = True
         return batch
 
-    def _map(self, shard: int) -> memoryview:
-        with self._lock:
-            if shard not in self._maps:
-                size = int(self._tables.shards["bytes"][shard])
-                self._maps[shard] = map_file(self._folder / shard_name(shard), size)
-                while len(self._maps) > _MAPS:
-                    self._maps.popitem(last=False)  # what is still in use of it keeps it mapped
-            self._maps.move_to_end(shard)
-            return self._maps[shard]
+
+def damaged(where: str, tables: Tables, block: int) -> DataDamagedError:
+    """Returns the error that says so of a block."""
+    return DataDamagedError(
+        f"{where}: {tables.describe(block)} is damaged: its hash is not the one that was written. "
+        "Put the shard back from a copy, or write the data anew. aetheria.data.verify(folder) names every "
+        "damaged block."
+    )

@@ -22,6 +22,8 @@ from aetheria.errors import DataError
 
 __all__ = ["Blocking", "Source", "as_batch", "encoded_blocks"]
 
+_BLOCK, _LARGE_BLOCK = 1 << 20, 4 << 20  # bytes that are read at once
+_FEW = 32  # samples in a block, at which that costs nothing that matters
 Message = tuple[int, bytes]  # the rows of a block, and the block as an Arrow message
 PROBE, PROBE_BYTES = 256, 1 << 25  # samples by which the rest is judged, and bytes after which fewer will do
 
@@ -120,7 +122,8 @@ def read_rows(samples: Any, first: int, end: int) -> list[Any]:
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    # What is an error of data says itself what is wrong; of others the type belongs to it.
+    return str(error).removesuffix(".") if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
 
 
 def _size(value: Any) -> int:
@@ -151,10 +154,22 @@ class Blocking:
         self.key = key
 
     @classmethod
-    def by_probe(cls, schema: Schema, probe: Sequence[Any], bytes: int, key: str | None) -> Blocking:  # noqa: A002
-        """Returns the blocking by which the first samples would make blocks of some bytes."""
-        each = max(1, schema.encode(probe).nbytes // len(probe)) if probe else bytes
-        return cls(schema, min(max(1, bytes // each), 1 << 20), bytes, key)
+    def by_probe(
+        cls, schema: Schema, probe: Sequence[Any], limit: int, wanted: int | None, key: str | None
+    ) -> Blocking:
+        """Returns the blocking that suits the first samples.
+
+        Args:
+            schema: of the samples.
+            probe: the first samples.
+            limit: bytes that no block should exceed by far.
+            wanted: bytes that a block should have; None for 1 MB, or up to 4 MB where samples are so large that there
+                would be few in it, and each would cost the reading of a block.
+            key: path of the field whose values are ids.
+        """
+        each = max(1, schema.encode(probe).nbytes // len(probe)) if probe else 1
+        size = min(limit, wanted or max(_BLOCK, min(_LARGE_BLOCK, _FEW * each)))
+        return cls(schema, min(max(1, size // each), 1 << 20), size, key)
 
     def encode(self, samples: Sequence[Any], first: int) -> list[Message]:
         """Returns the blocks of one run of samples.

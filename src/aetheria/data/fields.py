@@ -46,6 +46,7 @@ class Field(ABC):
 
     kind: ClassVar[str]
     takes_views: ClassVar[bool] = False  # whether `values` copies what it needs, so that rows need not be gathered
+    copies_only: ClassVar[bool] = False  # whether that is all it does: in another thread it would hold up this one
 
     @abstractmethod
     def arrow_type(self) -> pa.DataType:
@@ -232,6 +233,7 @@ class Bytes(Field):
 
     kind: ClassVar[str] = "bytes"
     takes_views: ClassVar[bool] = True
+    copies_only: ClassVar[bool] = True
 
     def arrow_type(self) -> pa.DataType:
         return pa.large_binary()
@@ -285,6 +287,7 @@ class Image(Bytes):
     """
 
     kind: ClassVar[str] = "image"
+    copies_only: ClassVar[bool] = False
     mode: str = "RGB"
 
     def _encoded(self, index: int, value: Any) -> bytes:

@@ -16,11 +16,14 @@ from torch.utils.data import (
     default_convert,
 )
 
+from aetheria.data.ahead import Processes, Threads
 from aetheria.data.iterables import IterableSource, StatefulSource, WatchedIterable
 from aetheria.data.keyed import KeyedBatchSampler, KeyedDataset, ReplayedSampler, draws_nothing
 from aetheria.data.order import KeyedOrder, mix
 from aetheria.data.ranked import RankedSource
 from aetheria.data.sources import BatchSource, DatasetSource, SequenceSource, length_of
+from aetheria.data.stream_source import StreamSource
+from aetheria.data.streaming import StreamingDataset
 from aetheria.data.workers import WorkerStart
 from aetheria.errors import DataError
 
@@ -66,15 +69,14 @@ def prepare_loader(
     def shared(source: BatchSource) -> BatchSource:
         return source if ranks == 1 else RankedSource(source, *share)
 
+    if isinstance(data := getattr(loader, "dataset", loader), StreamingDataset):
+        return _stream(loader, data, role, name, seed, window_batches, limit, expected_batch_size, share)
     if not isinstance(loader, DataLoader):
         return shared(_not_a_dataloader(loader, name, seed, seed_samples, whole))
     batches = loader.batch_sampler
     size = batches.batch_size if type(batches) is BatchSampler else None
-    if role == "train" and None not in (size, expected_batch_size) and size != expected_batch_size:
-        raise DataError(
-            f"{name} has batch_size {size}, the configuration says {expected_batch_size}. Pass the data module's "
-            "batch_size on to the DataLoader, or leave batch_size out of the configuration."
-        )
+    if role == "train":
+        _check_batch_size(name, size, expected_batch_size)
     if isinstance(loader.dataset, IterableDataset) or _iterates_its_own_way(loader):
         return shared(_iterable(loader, seed, seed_samples, whole))
 
@@ -119,6 +121,14 @@ def _checked_length(dataset: Any, name: str) -> int:
     return length
 
 
+def _check_batch_size(name: str, size: int | None, expected: int | None) -> None:
+    if None not in (size, expected) and size != expected:
+        raise DataError(
+            f"{name} has batch_size {size}, the configuration says {expected}. Pass the data module's batch_size on to "
+            "the DataLoader, or leave batch_size out of the configuration."
+        )
+
+
 def _check_window(name: str, length: int, size: int | None, window_batches: int, ranks: int) -> None:
     window = (size or 1) * window_batches * ranks
     if window > length:
@@ -131,6 +141,52 @@ def _check_window(name: str, length: int, size: int | None, window_batches: int,
         if window_batches * ranks > 1:
             parts += f" = {window}"
         raise DataError(f"{parts} is larger than the data: {name} has {length} {unit}. Lower it, or add data.")
+
+
+def _stream(
+    loader: Any,
+    data: StreamingDataset,
+    role: str,
+    name: str,
+    seed: int,
+    window_batches: int,
+    limit: int | None,
+    expected_batch_size: int | None,
+    share: tuple[int, int],
+) -> BatchSource:
+    """Returns what reads shards; the loader, if there is one around them, says how, but does not read."""
+    batched = isinstance(loader, DataLoader) and loader.batch_size is not None
+    if batched and data.batch_size is not None:
+        raise DataError(
+            f"{name} makes batches of {loader.batch_size} of the batches of {data.batch_size} that its "
+            "StreamingDataset gives. Give batch_size to one of them; to the DataLoader batch_size=None."
+        )
+    size = loader.batch_size if batched else data.batch_size
+    if size is None:
+        raise DataError(f"{name} gives single samples. Give its StreamingDataset a batch_size.")
+    if role == "train":
+        _check_batch_size(name, size, expected_batch_size)
+    if not data.streams.plan.length:
+        raise DataError(
+            f"{name} is empty: {', '.join(str(one.folder) for one in data.streams.shards.values())} has no samples."
+        )
+    if data.seed is None:
+        data.streams.arrange(seed)
+    ranks = share[1]
+    window = size * ranks
+    if role == "train":
+        window *= window_batches
+        _check_window(name, data.streams.plan.length, size, window_batches, ranks)
+    by: Threads | Processes = Threads(data.readers)
+    collate = None
+    if isinstance(loader, DataLoader):
+        if loader.num_workers:
+            options = _options(loader) | {"persistent_workers": False}
+            by = Processes(options.pop("num_workers"), options)
+        if batched and loader.collate_fn not in (default_collate, default_convert):
+            collate = loader.collate_fn
+        data.drop_last = data.drop_last or (batched and loader.drop_last)
+    return StreamSource(data, size, window=window, share=share, limit=limit, collate=collate, by=by)
 
 
 def _not_a_dataloader(loader: Any, name: str, seed: int, seed_samples: bool, limit: int | None) -> BatchSource:

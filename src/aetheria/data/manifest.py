@@ -175,7 +175,7 @@ class Manifest:
         if version is not None and (folder / MANIFEST).exists():
             newest = cls.read(folder).version
             raise DataError(f"{folder} has no version {version}; there are 1 to {newest}.")
-        advice = f"Check the path, or write them: write_shards(samples, {folder.name!r})."
+        advice = f"Check the path, or write them: aetheria data prepare SOURCE -o {folder.name}, or write_shards."
         if (folder / WRITING).is_dir():
             advice = "The writing of them was interrupted; the same call of write_shards continues it."
         raise DataError(f"{folder} holds no shards: there is no {path.name}. {advice}")

@@ -13,6 +13,7 @@ has a `BlockOrder`: it shuffles nearly as well, and reads a few blocks at a time
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -182,13 +183,21 @@ class BlockOrder(SampleOrder):
         lanes: how many places are read from at once. A divisor of the global batch lets every rank read its own lanes.
         window: samples within which a lane is shuffled; 1 leaves them in the order of their blocks.
         shuffle: False gives the order of the data itself.
+        left_out: numbers of blocks that are not read: those in quarantine. Ids stay what they are.
 
     Raises:
-        DataError: lanes or window below 1, or rows that are no such array.
+        DataError: lanes or window below 1, rows that are no such array, or no such block.
     """
 
     def __init__(
-        self, rows: NDArray[np.integer[Any]], seed: int, *, lanes: int = 1, window: int = 1, shuffle: bool = True
+        self,
+        rows: NDArray[np.integer[Any]],
+        seed: int,
+        *,
+        lanes: int = 1,
+        window: int = 1,
+        shuffle: bool = True,
+        left_out: Sequence[int] = (),
     ) -> None:
         super().__init__()
         rows = np.asarray(rows)
@@ -199,10 +208,15 @@ class BlockOrder(SampleOrder):
             )
         if lanes < 1 or window < 1:
             raise DataError(f"an order has at least one lane and a window of one sample; found {lanes} and {window}.")
+        if len(left_out) and not 0 <= min(left_out) <= max(left_out) < len(rows):
+            raise DataError(f"there are blocks 0 to {len(rows) - 1}; {max(left_out)} was to be left out.")
         self.seed = seed
         self.lanes = lanes
         self.window = window
         self.shuffle = shuffle
+        self._gaps: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+        if len(left_out):
+            rows = self._without(rows, np.unique(left_out))
         if (run := -(-len(rows) // _PIECES)) > 1:
             rows = np.add.reduceat(rows, np.arange(0, len(rows), run), dtype=np.int64)
         self._base = np.zeros(len(rows) + 1, dtype=np.int64)  # where each piece begins, and at last the length
@@ -219,9 +233,19 @@ class BlockOrder(SampleOrder):
         """
         end = max(start, min(stop, self.length))
         found = super().ids(epoch, start, end) if self.shuffle else np.arange(start, end, dtype=np.int64)
+        if self._gaps is not None:
+            begins, shifts = self._gaps
+            found = found + shifts[np.searchsorted(begins, found, side="right")]
         if end == stop:
             return found
         return np.concatenate([found, np.full(stop - end, -1, dtype=np.int64)])
+
+    def _without(self, rows: NDArray[Any], left_out: NDArray[np.int64]) -> NDArray[Any]:
+        """Returns the rows of the blocks that are kept; notes by how much numbers of samples shift behind each gap."""
+        kept, lost = rows.astype(np.int64), np.zeros(len(rows), dtype=np.int64)
+        kept[left_out], lost[left_out] = 0, rows[left_out]
+        self._gaps = np.cumsum(kept)[left_out], np.concatenate([[0], np.cumsum(lost)[left_out]])
+        return np.delete(rows, left_out)
 
     def shares(self, epoch: int, start: int, steps: int, global_batch: int, rank: int, ranks: int) -> NDArray[np.int64]:
         """Returns a rank's samples of some steps, of shape [steps, global_batch / ranks]; padded with -1 at the end.
@@ -245,11 +269,16 @@ class BlockOrder(SampleOrder):
             raise DataError(
                 f"a global batch of {global_batch} cannot be divided evenly among {ranks} ranks. Choose a multiple."
             )
-        together = self.ids(epoch, start, start + steps * global_batch).reshape(steps, global_batch)
-        if global_batch % self.lanes == 0:  # lane by lane
-            together = together.reshape(steps, -1, self.lanes).swapaxes(1, 2).reshape(steps, global_batch)
+        together = self.by_lanes(self.ids(epoch, start, start + steps * global_batch).reshape(steps, global_batch))
         each = global_batch // ranks
         return together[:, rank * each : (rank + 1) * each]
+
+    def by_lanes(self, batches: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns batches of shape [batches, samples], each sorted by lanes, where its size is a multiple of these."""
+        steps, size = batches.shape
+        if size % self.lanes:
+            return batches
+        return batches.reshape(steps, size // self.lanes, self.lanes).swapaxes(1, 2).reshape(steps, size)
 
     def _computed(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         numbers, starts = self._arrangement(epoch)

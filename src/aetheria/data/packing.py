@@ -15,6 +15,8 @@ from aetheria.errors import DataError
 
 __all__ = ["PackedTokens"]
 
+_LEAST = int(np.iinfo(np.int32).min)  # a document that began farther back than this began that far back
+
 
 class PackedTokens:
     """Documents as rows of one length, ready to be written: no token is lost, and only the last row is filled up.
@@ -26,7 +28,8 @@ class PackedTokens:
         write_shards(PackedTokens(documents, 1024, dtype="uint16"), "text")
 
     Args:
-        documents: the tokens of each, integers of shape [tokens]: lists, arrays or tensors. Iterated anew each time.
+        documents: the tokens of each, integers of shape [tokens]: lists, arrays or tensors; of one that is larger than
+            memory an iterator of its pieces. Iterated anew each time.
         length: of a row.
         dtype: in which tokens are stored, by NumPy's name.
         padding: the token that fills up the last row.
@@ -55,16 +58,21 @@ class PackedTokens:
         begins: list[int] = []
         filled = 0
         for number, document in enumerate(self.documents):
-            tokens = self._checked(number, document)
-            taken = 0
-            while taken < len(tokens):
-                begins.append(filled - taken)
-                count = min(self.length - filled, len(tokens) - taken)
-                row[filled : filled + count] = tokens[taken : taken + count]
-                filled, taken = filled + count, taken + count
-                if filled == self.length:
-                    yield {"tokens": row.copy(), "boundaries": np.array([*begins, filled], dtype=np.int32)}
-                    begins, filled = [], 0
+            before, begun = 0, False  # tokens of the document in earlier pieces; whether it has begun in this row
+            for piece in document if isinstance(document, Iterator) else (document,):
+                tokens = self._checked(number, piece)
+                taken = 0
+                while taken < len(tokens):
+                    if not begun:
+                        begins.append(max(filled - before - taken, _LEAST))
+                        begun = True
+                    count = min(self.length - filled, len(tokens) - taken)
+                    row[filled : filled + count] = tokens[taken : taken + count]
+                    filled, taken = filled + count, taken + count
+                    if filled == self.length:
+                        yield {"tokens": row.copy(), "boundaries": np.array([*begins, filled], dtype=np.int32)}
+                        begins, filled, begun = [], 0, False
+                before += len(tokens)
         if filled:
             row[filled:] = self.padding
             yield {"tokens": row, "boundaries": np.array([*begins, filled], dtype=np.int32)}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -14,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from aetheria.data.blocks import Blocks, Tables, map_file
+from aetheria.data.blocks import Blocks
+from aetheria.data.elsewhere import Access, open_data
 from aetheria.data.fields import RefusedValue, Rows
-from aetheria.data.manifest import Manifest, hash_of, pack_ids, shard_name, unpack_ids
+from aetheria.data.manifest import pack_ids, shard_name, unpack_ids
 from aetheria.data.ragged import Column, Part, gather, views
+from aetheria.data.remote import is_url
 from aetheria.data.schema import Schema
 from aetheria.errors import DataDamagedError, DataError
 
-__all__ = ["Damage", "Shards", "verify"]
+__all__ = ["Shards"]
 
 
 class Shards(Dataset[Any]):
@@ -30,41 +31,82 @@ class Shards(Dataset[Any]):
     It is a map-style dataset: a DataLoader reads it like any other. `batch` gives whole batches without collating.
 
     Args:
-        folder: of the data.
+        folder: of the data, or its URL, as fsspec takes it: "https://...", "s3://...". What lies elsewhere is fetched
+            block by block, and kept in a cache.
         version: of the manifest; None takes the newest there is now. It stays that one, whatever is appended.
+        cache: folder of the cache, which several data and processes may share. None is `~/.cache/aetheria/data` where
+            the data lie elsewhere. For a folder on this machine None is none; a cache keeps its compressed blocks
+            unpacked.
+        cache_bytes: what all blocks in the cache may take; None for three quarters of what is free on its disk.
+        keep: blocks that are held and mapped at most; see `keep`.
+        retries: how often a request is made again that fails with what may pass.
+        timeout: seconds for each request, for each 8 MB of it.
+        storage_options: what fsspec takes for this kind of URL: keys, headers, an endpoint.
 
     Attributes:
+        folder: of the data, or the URL without secrets.
         manifest: what the data are.
         schema: of a sample.
 
     Raises:
-        DataError: there are no shards here.
+        DataError: there are no shards here, they cannot be reached, or the cache is too small.
         DataDamagedError: manifest or tables are damaged, or a shard is missing; the message names it.
+        MissingDependencyError: a package is missing to reach them.
     """
 
-    def __init__(self, folder: Path | str, version: int | None = None) -> None:
-        self.folder = Path(folder).absolute()
-        self.manifest = Manifest.read(self.folder, version)
+    def __init__(
+        self,
+        folder: Path | str,
+        version: int | None = None,
+        *,
+        cache: Path | str | None = None,
+        cache_bytes: int | None = None,
+        keep: int | None = None,
+        retries: int = 5,
+        timeout: float = 30.0,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        access = Access(
+            None if cache is None else Path(cache).absolute(), cache_bytes, retries, timeout, storage_options
+        )
+        self._open(folder if is_url(folder) else Path(folder).absolute(), version, access, keep)
+
+    def _open(
+        self, source: Path | str, version: int | None, access: Access, keep: int | None, digest: str | None = None
+    ) -> None:
+        opened = open_data(source, version, access, digest)
+        self._source, self._access, self._kept = source, access, keep
+        self.folder, self.manifest, self._tables = opened.folder, opened.manifest, opened.tables
         self.schema = Schema.from_state(self.manifest.schema)
-        self._tables = Tables(self.folder, self.manifest)
-        self._check_names()
-        compressed = any(part.compression for part in self.manifest.parts)
-        self._blocks = Blocks(self.folder, self._tables, self.schema, compressed, frozenset(self.quarantined))
+        if isinstance(self.folder, Path):
+            self._check_names()
+        self._blocks = Blocks(opened.place, self._tables, self.schema, frozenset(self.quarantined), keep)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Sends a worker where the data are; it maps them itself."""
-        return {"folder": self.folder, "version": self.manifest.version}
+        """Sends a worker where the data are; it maps or fetches them itself."""
+        return {
+            "source": self._source, "version": self.manifest.version, "access": self._access, "keep": self._kept,
+            "digest": self.manifest.digest,
+        }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Shards.__init__(self, state["folder"], state["version"])
+        self._open(**state)
 
     def _check_names(self) -> None:
-        wanted = {Path(shard_name(number)).name for number in range(len(self._tables.shards["rows"]))}
-        if wanted and (missing := sorted(wanted - set(_listed(self.folder / "shards")))):
+        numbers = set(range(len(self._tables.shards["rows"]))) - self._quarantined_shards()
+        wanted = {Path(shard_name(number)).name for number in numbers}
+        if wanted and (missing := sorted(wanted - set(_listed(Path(self.folder) / "shards")))):
             raise DataDamagedError(
                 f"{self.folder}: {len(missing)} of {len(wanted)} shards are missing: {', '.join(missing[:5])}"
                 f"{', ...' if len(missing) > 5 else ''}. Put them back from a copy, or write the data anew."
             )
+
+    def _quarantined_shards(self) -> set[int]:
+        """Returns the numbers of the shards that are in quarantine as a whole: their files may be missing."""
+        of_blocks = self._tables.blocks["shard"]
+        shards, counts = np.unique(of_blocks[list(self.quarantined)], return_counts=True)
+        held = np.searchsorted(of_blocks, shards, side="right") - np.searchsorted(of_blocks, shards)
+        return set(shards[counts == held].tolist())
 
     def __len__(self) -> int:
         return int(self._tables.block_starts[-1])
@@ -74,11 +116,63 @@ class Shards(Dataset[Any]):
         """Samples in each block, of shape [blocks]: what a `BlockOrder` is made of."""
         return self._tables.blocks["rows"]
 
+    def blocks_of(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the numbers of the blocks in which some samples lie, int64 of shape [n].
+
+        Raises:
+            DataError: there is no such sample.
+        """
+        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        if len(wanted) and (int(wanted.min()) < 0 or int(wanted.max()) >= len(self)):
+            wrong = wanted[(wanted < 0) | (wanted >= len(self))][0]
+            raise DataError(f"{self.folder} holds samples 0 to {len(self) - 1}; {wrong} was asked for.")
+        return np.searchsorted(self._tables.block_starts, wanted, side="right") - 1
+
+    def prefetch(self, blocks: Iterable[int]) -> None:
+        """Says which blocks will be needed, the first one first: a hint, which neither waits nor raises.
+
+        What was said last is fetched first. If a block cannot be had, whoever reads it is told.
+        """
+        self._blocks.prefetch(blocks)
+
+    def keep(self, blocks: int) -> None:
+        """Sets how many blocks are held and mapped at most; those that were used last stay.
+
+        As many as are in use at a time are enough. The others leave the memory of this process.
+
+        Raises:
+            DataError: there is not enough room in the cache for as many.
+        """
+        self._blocks.keep(blocks)
+        self._kept = blocks
+
+    def of_version(self, version: int | None) -> Shards:
+        """Returns another version of the same data, got at in the same way; None for the newest.
+
+        Raises:
+            DataError: there is no such version.
+        """
+        other = Shards.__new__(Shards)
+        other._open(self._source, version, self._access, self._kept)
+        return other
+
     @cached_property
     def quarantined(self) -> tuple[int, ...]:
         """Numbers of the blocks that are not to be read."""
         firsts = np.cumsum([0, *(part.blocks for part in self.manifest.parts)])
         return tuple(int(firsts[entry["part"]]) + entry["block"] for entry in self.manifest.quarantined)
+
+    def blocks_outside(self, shards: Collection[int]) -> list[int]:
+        """Returns the numbers of all blocks that are not in some shards.
+
+        Raises:
+            DataError: there is no such shard.
+        """
+        if unknown := sorted(set(shards) - set(range(len(self._tables.shards["rows"])))):
+            raise DataError(
+                f"{self.folder} has the shards 0 to {len(self._tables.shards['rows']) - 1}; {unknown[0]} was asked for."
+            )
+        return np.flatnonzero(~np.isin(self._tables.blocks["shard"], list(shards))).tolist()
 
     def columns(self, rows: Sequence[int] | NDArray[np.int64], paths: Sequence[str] | None = None) -> dict[str, Column]:
         """Returns some samples as columns, by the paths of their fields.
@@ -98,21 +192,22 @@ class Shards(Dataset[Any]):
         paths = list(self.schema.fields) if paths is None else paths
         if not len(wanted):
             return {path: self._nothing(path) for path in paths}
-        blocks, parts = self._located(wanted)
+        blocks, parts = self.located(wanted)
         return {path: gather([columns[path] for columns in blocks], parts, len(wanted)) for path in paths}
 
-    def _located(self, rows: NDArray[np.int64]) -> tuple[list[dict[str, Column]], list[Part]]:
-        """Returns the columns of the blocks in which some rows lie, at least one, and what is taken from each."""
-        if int(rows.min()) < 0 or int(rows.max()) >= len(self):
-            wrong = rows[(rows < 0) | (rows >= len(self))][0]
-            raise DataError(f"{self.folder} holds samples 0 to {len(self) - 1}; {wrong} was asked for.")
-        blocks = np.searchsorted(self._tables.block_starts, rows, side="right") - 1
+    def located(self, rows: NDArray[np.int64]) -> tuple[list[dict[str, Column]], list[Part]]:
+        """Returns the columns of the blocks in which some rows lie, at least one, and what is taken from each.
+
+        Raises:
+            DataError: as `columns`.
+        """
+        blocks = self.blocks_of(rows)
         places = np.argsort(blocks, kind="stable")
         blocks = blocks[places]
         within = rows[places] - self._tables.block_starts[blocks]
         cuts = [0, *(np.flatnonzero(blocks[1:] != blocks[:-1]) + 1).tolist(), len(rows)]
         parts = [Part(within[begin:end], places[begin:end]) for begin, end in pairwise(cuts)]
-        return [self._blocks.columns(block) for block in blocks[cuts[:-1]].tolist()], parts
+        return self._blocks.several(blocks[cuts[:-1]].tolist()), parts
 
     def _nothing(self, path: str) -> Column:
         field = self.schema.fields[path]
@@ -140,7 +235,7 @@ class Shards(Dataset[Any]):
         return self.schema.nest(self._leaves(np.asarray(rows, dtype=np.int64).reshape(-1), how))
 
     def _leaves(self, rows: NDArray[np.int64], how: str) -> dict[str, Any]:
-        blocks, parts = self._located(rows) if len(rows) else ([], [])
+        blocks, parts = self.located(rows) if len(rows) else ([], [])
         leaves = {}
         for path, field in self.schema.fields.items():
             columns = [block[path] for block in blocks]
@@ -151,10 +246,13 @@ class Shards(Dataset[Any]):
             try:
                 leaves[path] = getattr(field, how)(found)
             except RefusedValue as error:
-                row = int(rows[error.index])
-                identity = int(self.sample_ids([row])[0])
-                raise DataError(f"{self.folder}: sample {row} (id {identity}), field {path!r}: {error}.") from error
+                raise self.undecodable(int(rows[error.index]), path, error) from error
         return leaves
+
+    def undecodable(self, row: int, path: str, error: RefusedValue) -> DataError:
+        """Returns what to raise where a field of a sample cannot be decoded."""
+        identity = int(self.sample_ids([row])[0])
+        return DataError(f"{self.folder}: sample {row} (id {identity}), field {path!r}: {error}.")
 
     def __getitem__(self, row: int) -> Any:
         """Returns one sample; see `samples`."""
@@ -215,80 +313,6 @@ class Shards(Dataset[Any]):
                 "tell them apart. Write them with another key, or with none."
             )
         return keys, order
-
-
-@dataclass(frozen=True)
-class Damage:
-    """Something in a folder of shards that is not as it was written.
-
-    Attributes:
-        file: its path, from the folder.
-        what: in words.
-        shard: number of the shard; None if it is another file.
-        block: number of the block, among all; None if it is the file as a whole, or what stands around the blocks.
-        first_row: number of its first sample.
-        rows: how many samples cannot be read.
-    """
-
-    file: str
-    what: str
-    shard: int | None = None
-    block: int | None = None
-    first_row: int = 0
-    rows: int = 0
-
-    def __str__(self) -> str:
-        lost = f" (samples {self.first_row} to {self.first_row + self.rows - 1})" if self.rows else ""
-        return f"{self.file}: {self.what}{lost}"
-
-
-def verify(folder: Path | str, version: int | None = None) -> list[Damage]:
-    """Reads every byte of a folder of shards, and names all that is damaged: an empty list says that nothing is.
-
-    Args:
-        folder: of the data.
-        version: of the manifest; None for the newest.
-
-    Raises:
-        DataError: there are no shards here.
-        DataDamagedError: the manifest or a table is damaged, so that nothing more can be said.
-    """
-    folder = Path(folder).absolute()
-    manifest = Manifest.read(folder, version)
-    tables = Tables(folder, manifest)
-    found = []
-    for number in range(1, manifest.version + 1):
-        try:
-            Manifest.read(folder, number)
-        except DataError as error:
-            found.append(Damage(f"versions/{number:08d}.json", str(error)))
-    for shard in range(len(tables.shards["rows"])):
-        found += _damages(folder, tables, shard)
-    return found
-
-
-def _damages(folder: Path, tables: Tables, shard: int) -> list[Damage]:
-    name, first, rows = shard_name(shard), int(tables.shard_starts[shard]), int(tables.shards["rows"][shard])
-    begin, end = np.searchsorted(tables.blocks["shard"], [shard, shard + 1]).tolist()
-    size = int(tables.shards["bytes"][shard])
-    try:
-        content = map_file(folder / name)
-    except DataDamagedError:
-        return [Damage(name, "missing", shard, None, first, rows)]
-    found, frame, place = [], [], 0
-    for block in range(begin, end):
-        offset, length = int(tables.blocks["offset"][block]), int(tables.blocks["bytes"][block])
-        frame.append(content[place:offset])
-        place = offset + length
-        if hash_of(content[offset:place]) != int(tables.blocks["hash"][block]):
-            what = f"block {block - begin} is {'cut off' if place > len(content) else 'damaged'}"
-            lost = int(tables.blocks["rows"][block])
-            found.append(Damage(name, what, shard, block, int(tables.block_starts[block]), lost))
-    if len(content) != size:
-        found.append(Damage(name, f"{len(content):,} bytes instead of {size:,}: none of it is read", shard))
-    elif hash_of(*frame, content[place:]) != int(tables.shards["frame"][shard]):
-        found.append(Damage(name, "damaged before or behind its blocks, which are whole", shard))
-    return found
 
 
 def _listed(folder: Path) -> list[str]:

@@ -40,7 +40,7 @@ from aetheria.data.shard_file import FinishedShards, ShardFile
 from aetheria.errors import DataError
 from aetheria.runs import fsync_directory, write_atomically
 
-__all__ = ["write_shards"]
+__all__ = ["explain_writing", "folder_lock", "write_shards"]
 
 _BEGUN = "begun.json"
 
@@ -52,7 +52,7 @@ def write_shards(
     *,
     workers: int = 0,
     shard_bytes: int = 64 << 20,
-    block_bytes: int = 1 << 20,
+    block_bytes: int | None = None,
     compression: Literal["zstd", "lz4"] | None = None,
     append: str | None = None,
     key: str | None = None,
@@ -72,7 +72,8 @@ def write_shards(
         schema: a field, or a dictionary or tuple of such, nested as samples are; None looks at the first 256 samples.
         workers: processes that read (of a sequence) and encode. They change nothing in what is written.
         shard_bytes: size of a file; one sample may exceed it.
-        block_bytes: size of a block, the unit that is read and checked at once; uncompressed.
+        block_bytes: size of a block, the unit that is read and checked at once; uncompressed. None for 1 MB, or up to
+            4 MB where the samples are large.
         compression: None leaves blocks as they are used, so that they need not be unpacked in memory.
         append: what these samples are called among those that were added; needed where the folder holds data already.
             What was added once under a name is not added again.
@@ -94,14 +95,14 @@ def write_shards(
     try:
         (folder / "shards").mkdir(parents=True, exist_ok=True)
         (folder / "tables").mkdir(exist_ok=True)
-        with _held(folder):
+        with folder_lock(folder):
             held = _existing(folder, append)
             if held is not None and any(part.name == append for part in held.parts):
                 return held
             source = Source(samples)
             schema = _schema_for(schema, samples, source, held)
             _check_key(schema, key, held)
-            blocking = Blocking.by_probe(schema, source.probe, min(block_bytes, shard_bytes), key)
+            blocking = Blocking.by_probe(schema, source.probe, shard_bytes, block_bytes, key)
             plan = {
                 "append": append,
                 "schema": schema.state(),
@@ -119,7 +120,7 @@ def write_shards(
             _write(folder, source, blocking, finished, plan, workers, progress)
             return _commit(folder, finished, plan, held, notes or {})
     except OSError as error:
-        raise DataError(_explain(folder, error)) from error
+        raise DataError(explain_writing(folder, error)) from error
 
 
 def _probed(blocking: Blocking, source: Source) -> list[tuple[int, bytes]]:
@@ -127,7 +128,12 @@ def _probed(blocking: Blocking, source: Source) -> list[tuple[int, bytes]]:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Holds a folder of shards against other processes that would write into it.
+
+    Raises:
+        DataError: one does.
+    """
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
@@ -279,7 +285,8 @@ def _commit(
     return manifest
 
 
-def _explain(folder: Path, error: OSError) -> str:
+def explain_writing(folder: Path, error: OSError) -> str:
+    """Returns in words why shards cannot be written, and what to do."""
     advice = "What is finished stays; put that right and make the same call again, it continues."
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         try:

@@ -1,6 +1,7 @@
 """What ships with the package but could have been written by a user. Importing this module registers all of it."""
 
 from aetheria.plugins import optimizers
+from aetheria.plugins.callbacks.curriculum import Curriculum
 from aetheria.plugins.callbacks.early_stopping import EarlyStopping
 from aetheria.plugins.callbacks.gradient_health import GradientHealth
 from aetheria.plugins.callbacks.learning_rate_monitor import LearningRateMonitor
@@ -10,6 +11,7 @@ from aetheria.plugins.callbacks.throughput import Throughput
 from aetheria.plugins.callbacks.weight_averaging import ExponentialMovingAverage, StochasticWeightAverage
 from aetheria.plugins.data.digits import DigitsData
 from aetheria.plugins.data.random_data import RandomData
+from aetheria.plugins.data.sharded import ShardedDataModule, ShardedTextData
 from aetheria.plugins.data.text import TextData
 from aetheria.plugins.loggers.console import ConsoleLogger
 from aetheria.plugins.loggers.csv_file import CSVLogger
@@ -24,6 +26,7 @@ from aetheria.plugins.models.tiny_gpt import TinyGPT
 __all__ = [
     "CSVLogger",
     "ConsoleLogger",
+    "Curriculum",
     "DigitsClassifier",
     "DigitsData",
     "EarlyStopping",
@@ -34,6 +37,8 @@ __all__ = [
     "ModelCheckpoint",
     "ProgressBar",
     "RandomData",
+    "ShardedDataModule",
+    "ShardedTextData",
     "SimpleMLP",
     "StochasticWeightAverage",
     "TensorBoardLogger",

@@ -326,7 +326,7 @@ def test_a_torn_manifest_or_table_is_refused(copied: Path) -> None:
 def test_other_versions(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no version 2; there are 1 to 1"):
         Shards(copied, version=2)
-    with pytest.raises(DataError, match=r"holds no shards.*write_shards\(samples, 'nothing'\)"):
+    with pytest.raises(DataError, match=r"holds no shards.*aetheria data prepare SOURCE -o nothing"):
         Shards(tmp_path / "nothing")
     raw = Manifest.read(copied)
     object.__setattr__(raw, "format", 99)
@@ -350,22 +350,22 @@ def test_a_block_in_quarantine_is_not_read(copied: Path) -> None:
 
 
 def test_many_blocks_and_shards_are_not_all_kept(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aetheria.data import blocks
+    from aetheria.data import places
 
-    monkeypatch.setattr(blocks, "_MAPS", 1)
-    monkeypatch.setattr(blocks, "_KEPT", 2)
+    monkeypatch.setattr(places, "_MAPS", 1)
+    monkeypatch.setattr(places, "_KEPT", 2)
     shards = Shards(written)
     rows: NDArray[np.int64] = np.random.default_rng(0).permutation(300)
     assert np.array_equal(shards.columns(rows, ["number"])["number"], rows)
-    assert len(shards._blocks._maps) == 1
+    assert len(shards._blocks._place._maps) == 1
     assert len(shards._blocks._kept) == 2
 
 
 def test_several_threads_read_at_once(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aetheria.data import blocks
+    from aetheria.data import places
 
-    monkeypatch.setattr(blocks, "_MAPS", 1)
-    monkeypatch.setattr(blocks, "_KEPT", 2)
+    monkeypatch.setattr(places, "_MAPS", 1)
+    monkeypatch.setattr(places, "_KEPT", 2)
     shards = Shards(written)
 
     def read(seed: int) -> bool:
