@@ -11,7 +11,7 @@ whether that has happened. Warm: all files are read before. Memory is the sum of
 process and its workers, at its most while it reads; pages of files that are mapped count there, though the system takes
 them back when it needs room; so what is not such pages stands beside it.
 
-All of it takes about an hour, and once the writing of 23 GB before. Less: --rounds 3 --seconds 1 --workers 0 2.
+All of it takes about an hour, and once the writing of 23 GB before. Less: --part 4 --rounds 3 --seconds 1.5.
 
 The peers live in an environment of their own; whoever is missing is left out, and named, and nothing is saved:
 
@@ -38,7 +38,7 @@ from benchmarks.data_peers_drive import run
 from benchmarks.data_peers_process import Task
 from benchmarks.data_peers_resume import KIND as RESUMED
 from benchmarks.data_peers_resume import Resumed, resume
-from benchmarks.data_peers_samples import KINDS, SHARD_BYTES, SHARD_BYTES_SHORT, reach
+from benchmarks.data_peers_samples import KINDS, SHARD_BYTES, SHARD_BYTES_SHORT, SHORT, reach
 from benchmarks.data_peers_table import Cell, figures_of_cells, figures_of_resuming, markdown, workers_in_words
 from benchmarks.data_peers_tree import STILL_CACHED, drop, fill
 from benchmarks.data_peers_writing import is_installed, prepare
@@ -108,11 +108,13 @@ def choices() -> argparse.Namespace:
     options.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     options.add_argument("--caches", nargs="+", default=list(CACHES), choices=CACHES)
     options.add_argument("--workers", nargs="+", type=int, default=list(WORKERS), choices=WORKERS)
+    options.add_argument("--part", type=int, help="only so much of the samples: 4 for a quarter; 1 by default")
     options.add_argument("--rounds", type=int, help=f"{ROUNDS} by default")
     options.add_argument("--seconds", type=float, help=f"of reading after the first batch; {SECONDS:g} by default")
     options.add_argument("--no-resume", action="store_true", help="does not measure going on in the middle")
     options.add_argument("--markdown", help="file for the tables, as the documentation has them")
     chosen = options.parse_args()
+    chosen.part = chosen.part or (SHORT if chosen.short else 1)
     chosen.rounds = chosen.rounds or (ROUNDS_SHORT if chosen.short else ROUNDS)
     chosen.seconds = chosen.seconds or (SECONDS_SHORT if chosen.short else SECONDS)
     return chosen
@@ -130,7 +132,7 @@ def written(chosen: argparse.Namespace) -> tuple[dict[tuple[str, str], Path], di
             continue
         try:
             for kind in chosen.kinds:
-                folders[name, kind] = prepare(root, contestant.format, kind, chosen.short)
+                folders[name, kind] = prepare(root, contestant.format, kind, chosen.part)
         except RuntimeError as error:  # of its writer; the others are measured nevertheless
             absent[name] = f"its data could not be written: {error}"
     return folders, absent
@@ -144,7 +146,7 @@ def measure_kind(chosen: argparse.Namespace, kind: str, folders: dict[str, Path]
         kind: of the samples.
         folders: with them, by contestant.
     """
-    called, count = KINDS[kind].name, KINDS[kind].samples(chosen.short)
+    called, count = KINDS[kind].name, KINDS[kind].samples(chosen.part)
     reaches = []
     for name, folder in folders.items():
         if 0 in CONTESTANTS[name].workers:  # ours has the same order in whatever way it is read
@@ -182,7 +184,7 @@ def main() -> None:
         reaches += found[1]
     resumed: dict[str, Resumed] = {}
     if not chosen.no_resume and RESUMED in chosen.kinds:
-        count = KINDS[RESUMED].samples(chosen.short)
+        count = KINDS[RESUMED].samples(chosen.part)
         resumed = {name: resume(name, folders[name, RESUMED], count, chosen.rounds, say) for name in names}
     tables = markdown(cells, reaches, resumed)
     if chosen.markdown:
@@ -196,7 +198,7 @@ def main() -> None:
     report(
         "data_peers",
         f"Shuffled samples from files, read for {chosen.seconds:g} s after the first batch by a fresh process: "
-        f"{' and '.join(f'{KINDS[kind].samples(chosen.short):,} of {KINDS[kind].name}' for kind in chosen.kinds)}; "
+        f"{' and '.join(f'{KINDS[kind].samples(chosen.part):,} of {KINDS[kind].name}' for kind in chosen.kinds)}; "
         f"median of {chosen.rounds} rounds, and as interval their whole range.",
         [
             *(Figure(name, "samples/s", note=why.splitlines()[0]) for name, why in absent.items()),
@@ -208,8 +210,8 @@ def main() -> None:
         settings={
             "rounds": chosen.rounds,
             "seconds_after_the_first_batch": chosen.seconds,
-            "shard_bytes": SHARD_BYTES_SHORT if chosen.short else SHARD_BYTES,
-            "samples": {kind: KINDS[kind].samples(chosen.short) for kind in chosen.kinds},
+            "shard_bytes": SHARD_BYTES_SHORT if chosen.part >= SHORT else SHARD_BYTES,
+            "samples": {kind: KINDS[kind].samples(chosen.part) for kind in chosen.kinds},
             "batch_sizes": {kind: KINDS[kind].batch_size for kind in chosen.kinds},
             "contestants": {name: f"{_version(name)}; {CONTESTANTS[name].settings}" for name in names},
             "cells": [cell.state() for cell in cells],

@@ -18,6 +18,7 @@ __all__ = [
     "KINDS",
     "SHARD_BYTES",
     "SHARD_BYTES_SHORT",
+    "SHORT",
     "TOKENS",
     "Kind",
     "blob",
@@ -43,24 +44,23 @@ class Kind:
         sample_bytes: of one sample.
         batch_size: samples in a batch.
         count: how many there are.
-        short: how many in the short form.
     """
 
     name: str
     sample_bytes: int
     batch_size: int
     count: int
-    short: int
 
-    def samples(self, short: bool) -> int:
-        """Returns how many samples there are."""
-        return self.short if short else self.count
+    def samples(self, part: int) -> int:
+        """Returns how many samples a part of them has, such as the fourth."""
+        return self.count // part
 
 
 KINDS = {
-    "rows": Kind("1 KB", 2 * TOKENS, 64, 2_000_000, 20_000),
-    "blobs": Kind("100 KB", BLOB, 16, 30_000, 300),
+    "rows": Kind("1 KB", 2 * TOKENS, 64, 2_000_000),
+    "blobs": Kind("100 KB", BLOB, 16, 30_000),
 }
+SHORT = 100  # in the short form there is but this part of the samples
 SHARD_BYTES, SHARD_BYTES_SHORT = 64 << 20, 2 << 20
 
 _drawn = np.random.default_rng(0).integers(0, 256, 2 * BLOB, dtype=np.uint8)

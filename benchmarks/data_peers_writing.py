@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data_peers_samples import KINDS, SHARD_BYTES, SHARD_BYTES_SHORT, TOKENS, samples_of
+from benchmarks.data_peers_samples import KINDS, SHARD_BYTES, SHARD_BYTES_SHORT, SHORT, TOKENS, samples_of
 
 __all__ = ["is_installed", "prepare"]
 
@@ -32,14 +32,14 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def prepare(root: Path, format_name: str, kind: str, short: bool) -> Path:
+def prepare(root: Path, format_name: str, kind: str, part: int) -> Path:
     """Returns the folder with the data in a format; writes them if they are not there yet.
 
     Raises:
         OSError: there is too little room for them.
         RuntimeError: the writer failed; what it had written is removed.
     """
-    count = KINDS[kind].samples(short)
+    count = KINDS[kind].samples(part)
     folder = root / f"{format_name}-{kind}-{count}"
     whole = folder.with_name(folder.name + WHOLE)
     if whole.exists() and folder.is_dir():
@@ -50,7 +50,7 @@ def prepare(root: Path, format_name: str, kind: str, short: bool) -> Path:
     if (free := shutil.disk_usage(root).free) < needed:
         raise OSError(f"{root} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} are wanted. Choose another --folder.")
     print(f"writing {folder}", flush=True)
-    size = SHARD_BYTES_SHORT if short else SHARD_BYTES
+    size = SHARD_BYTES_SHORT if part >= SHORT else SHARD_BYTES
     command = [sys.executable, "-m", "benchmarks.data_peers_writing", format_name, kind, folder, count, size]
     with tempfile.TemporaryDirectory(dir=root) as temporary:
         environment = os.environ | {"LITDATA_DISABLE_VERSION_CHECK": "1", "TMPDIR": temporary}

@@ -320,7 +320,7 @@ def test_a_stop_ends_the_run_with_a_snapshot_and_can_be_continued(tmp_path: Path
         (set_(frozen=["nowhere.*"]), "'nowhere.*' is the name of no parameter"),
         (set_(optimizer={"name": "sgdd"}), "sgdd"),
         (set_(sharpness=3.0), "RuntimeError: three is not to my taste"),
-        (set_(epochs=None), "one of epochs and max_steps must stay"),
+        (set_(epochs=None), "max_time must stay"),
         (command_of("rewind", {"step": 3}), "there is no snapshot of step 3"),
         (command_of("test"), "this run has no test data"),
         (command_of("ping", run="another-run"), "the command is for another-run"),

@@ -100,7 +100,7 @@ class Ahead:
         share: which rank this is, and of how many.
         part: which of this rank's batches are read here, and of how many parts: a worker of a DataLoader reads every
             n-th one.
-        horizon: base positions, beyond those that are consumed, that are read at the most.
+        horizon: samples of all ranks, beyond those that are consumed, that are read at the most.
         by: who reads.
     """
 
@@ -122,9 +122,11 @@ class Ahead:
         self._part, self._parts = part
         self._row = batch_size * self._ranks
         self._by = by
-        self._horizon = horizon
+        self._horizon = horizon // (self._row * self._parts)  # batches of this reader
         self._run_batches = self._batches_in_run()
-        self._plan_batches = max(self._run_batches, min(_PLAN_BATCHES, horizon // (2 * self._row * self._parts)))
+        self._plan_batches = self._run_batches
+        if isinstance(by, Threads):
+            self._plan_batches = max(self._run_batches, min(_PLAN_BATCHES, self._horizon // 2))
         self._last: Any = None
         self._starved = False  # whether all that was planned has been handed out
         self.issued = 0  # the base position up to which batches are planned
@@ -135,8 +137,8 @@ class Ahead:
         each = size / max(1, sum(manifest.rows for manifest in manifests))
         wanted = int(_RUN_BYTES / max(1.0, each * self._batch_size))
         # What may be read ahead is divided: among those that read, what waits for them, and what is planned.
-        waiting = self._by.count + _PLANNED if isinstance(self._by, Threads) else 2 * self._by.count + 1
-        return max(1, min(wanted, _RUN_BATCHES, self._horizon // (self._row * self._parts * waiting)))
+        waiting = self._by.count + _PLANNED if isinstance(self._by, Threads) else 2 * self._by.count + 2
+        return max(1, min(wanted, _RUN_BATCHES, self._horizon // waiting))
 
     def batches(self, epoch: int, start: int, stop: int, consumed: Callable[[], int]) -> Iterator[Delivery]:
         """Yields the batches of an epoch, from a base position on.
@@ -145,7 +147,7 @@ class Ahead:
             epoch: from 0.
             start: base position to begin at.
             stop: base position at which the epoch ends.
-            consumed: is asked for the base position behind what has been consumed.
+            consumed: is asked how many of them have been consumed.
         """
         runs = self._runs(epoch, start, stop, consumed)
         reading = self._in_processes(runs, epoch) if isinstance(self._by, Processes) else self._in_threads(runs)
@@ -161,15 +163,15 @@ class Ahead:
 
     def _runs(self, epoch: int, start: int, stop: int, consumed: Callable[[], int]) -> Iterator[Planned | None]:
         """Yields what is to be read next; None while nothing more may be read ahead."""
-        self.issued = start
+        self.issued, planned = start, 0
         batches = 1  # the first batch is not to wait for many others; each run is twice as long as the one before
         while self.issued < stop:
-            span = batches * self._parts * self._row
-            if not self._starved and self.issued + span > consumed() + self._horizon:
+            if not self._starved and planned + batches > consumed() + self._horizon:
                 yield None
                 continue
             self._starved = False
-            before = self.issued
+            before, span = self.issued, batches * self._parts * self._row
+            planned += batches
             taken = self._plan.take(epoch, before, span, stop)
             self.issued = int(taken.after[-1]) if len(taken.rows) == span else stop
             yield from self._planned(epoch, before, taken.rows, taken.streams, taken.after)

@@ -276,7 +276,7 @@ class BlockOrder(SampleOrder):
     def by_lanes(self, batches: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns batches of shape [batches, samples], each sorted by lanes, where its size is a multiple of these."""
         steps, size = batches.shape
-        if size % self.lanes:
+        if size % self.lanes or not self.shuffle:  # unshuffled, neighbours lie side by side already
             return batches
         return batches.reshape(steps, size // self.lanes, self.lanes).swapaxes(1, 2).reshape(steps, size)
 

@@ -114,6 +114,18 @@ class Plan:
             np.concatenate([taken.rows for taken in found]), streams, np.concatenate([taken.after for taken in found])
         )
 
+    def behind(self, epoch: int, position: int, count: int, stop: int) -> int:
+        """Returns the place, counted over all epochs, behind the next samples that are selected.
+
+        Args:
+            epoch: from 0.
+            position: base position behind which they come.
+            count: of samples. Where the epoch has fewer, it is the beginning of the next one.
+            stop: base position at which the epoch ends.
+        """
+        after = self.take(epoch, position, count, stop).after
+        return epoch * self.length + int(after[-1]) if len(after) == count else (epoch + 1) * self.length
+
     def is_over(self, epoch: int, position: int, stop: int) -> bool:
         """Returns whether nothing that is selected is left between a base position and the end of an epoch."""
         return not len(self.take(epoch, position, 1, stop).rows)

@@ -82,14 +82,14 @@ class StreamSource(BatchSource):
             by=self._by,
         )
         self._ahead = ahead
-        handed_out = [start]
+        begun, handed_out = cursor.batches, [0]
 
         def consumed() -> int:
             # Whoever only looks at the data, to validate, has consumed what he was given.
-            return cursor.position if self._cursor is cursor else handed_out[0]
+            return cursor.batches - begun if self._cursor is cursor else handed_out[0]
 
         for delivery in itertools.islice(ahead.batches(epoch, start, self._stop, consumed), left):
-            handed_out[0] = delivery.position
+            handed_out[0] += 1
             for lost in delivery.lost:
                 self.data.lost += len(lost.ids)
                 self._notices.append(_told(lost.what, lost.ids))
@@ -121,9 +121,9 @@ class StreamSource(BatchSource):
         if self._cursor is None:
             raise DataError("the data are not being read yet: what they begin with stands in their configuration.")
         length = self.data.streams.plan.length
-        now = self._cursor.epoch * length + self._cursor.position
-        planned = now if self._ahead is None else self._epoch * length + self._ahead.issued
-        return now + self.data.horizon_of(self.row), planned
+        epoch, position = self._cursor.epoch, self._cursor.position
+        planned = 0 if self._ahead is None else self._epoch * length + self._ahead.issued
+        return self.data.streams.plan.behind(epoch, position, self.data.horizon_of(self.row), self._stop), planned
 
 
 def _told(what: str, ids: tuple[int, ...]) -> str:

@@ -52,8 +52,8 @@ class StreamingDataset(IterableDataset[Any]):
             samples, or, behind a `transform`, takes torch's `default_collate`.
         batch_transform: is given each batch, and returns what it becomes.
         readers: threads that read ahead; 0 reads when a batch is asked for.
-        horizon: how many base positions, beyond those that are consumed, may be read; changes of weights and
-            selections take effect behind it. None for 64 global batches.
+        horizon: how many samples of all ranks, beyond those that are consumed, may be read ahead; changes of weights
+            and selections take effect behind them. None for 64 global batches.
         damaged: what is done where samples are damaged or cannot be decoded: "raise", or "quarantine": they are left
             out, counted, and named.
         version: of the data; None takes the newest there is.
@@ -169,7 +169,7 @@ class StreamingDataset(IterableDataset[Any]):
         return self.streams.plan.length - self.streams.plan.length % row if self.drop_last else self.streams.plan.length
 
     def horizon_of(self, row: int) -> int:
-        """Returns how many base positions beyond those that are consumed may be read."""
+        """Returns how many samples beyond those that are consumed may be read."""
         return self.horizon or _HORIZON * row
 
     def __iter__(self) -> Iterator[Any]:
@@ -193,10 +193,10 @@ class StreamingDataset(IterableDataset[Any]):
 
     def _yielded(self, ahead: Ahead, epoch: int, start: int, stop: int, here: bool) -> Iterator[Any]:
         self._ahead = ahead
-        handed_out = [start]
+        handed_out = [0]
         place = self._place.numpy()  # of the same memory; a tensor's elements take thirty times as long to set
         for delivery in ahead.batches(epoch, start, stop, lambda: handed_out[0]):
-            handed_out[0] = delivery.position
+            handed_out[0] += 1
             self.lost += sum(len(lost.ids) for lost in delivery.lost)
             if here:
                 place[1] = delivery.position
@@ -316,11 +316,11 @@ class StreamingDataset(IterableDataset[Any]):
 
     def _own_place(self) -> tuple[int, int]:
         row = (self.batch_size or 1) * _share()[1]
-        epoch, position = self._place.tolist()
-        first = epoch * self.streams.plan.length
+        plan, (epoch, position) = self.streams.plan, self._place.tolist()
+        first = epoch * plan.length
         if self._ahead is None:
             return first + position, first + position
-        return first + position + self.horizon_of(row), first + self._ahead.issued
+        return plan.behind(epoch, position, self.horizon_of(row), self.stop(row)), first + self._ahead.issued
 
 
 def _share() -> tuple[int, int]:

@@ -285,8 +285,8 @@ def test_the_constructor_of_before_still_works(folder: Path, other: Path) -> Non
     found = numbers(data)
     assert sorted(found) == [*range(COUNT), *range(5000, 5300)]
     assert found != sorted(found)
-    ordered = StreamingDataset(shards=[str(folder)], buffer_size=1, batch_size=10)
-    assert numbers(ordered) == list(range(COUNT))
+    for size in (10, 32):
+        assert numbers(StreamingDataset(shards=[str(folder)], buffer_size=1, batch_size=size)) == list(range(COUNT))
 
 
 # --- what is damaged -------------------------------------------------------------------------------------------------
@@ -414,3 +414,24 @@ def test_the_loop_refuses_what_cannot_be_trained_on(folder: Path, tmp_path: Path
     write_shards([], tmp_path, Image("RGB"))
     with pytest.raises(DataError, match="has no samples"):
         prepare_loader(stream(tmp_path), role="val", seed=0)
+
+
+def test_what_is_rarely_selected_can_be_changed_too(tmp_path: Path) -> None:
+    write_shards(map(sample, range(COUNT)), tmp_path, block_bytes=2000, shard_bytes=10_000, uid=3)
+    write_selection(tmp_path, "rare", Shards(tmp_path).sample_ids(np.arange(0, COUNT, 25)))
+    everything = numbers(stream(tmp_path))
+    rare = [one for one in everything if one % 25 == 0]
+    data = stream(tmp_path, 2, selection="rare", horizon=8)
+    batches = iter(data)
+    head = [next(batches) for _ in range(3)]
+    place = data.set_selection(None)
+    assert place == everything.index(rare[13]) + 1  # six are consumed, and eight are read ahead
+    found = numbers(head) + numbers(batches)
+    assert found == rare[:14] + everything[place:]
+    last = stream(tmp_path, 2, selection="rare", horizon=8)
+    batches = iter(last)
+    for _ in range(18):
+        next(batches)
+    assert last.set_selection(None) == COUNT  # the epoch has fewer than eight left: from the next one on
+    assert len(numbers(batches)) == len(rare) - 36
+    assert len(numbers(last)) == COUNT
