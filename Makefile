@@ -20,7 +20,7 @@ STEERED_KILLS ?= 60
 RANK_KILLS ?= 25
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-bare lint bench chaos docs pictures
+.PHONY: help setup demo test coverage test-bare lint bench chaos docs pictures
 
 help: ## lists what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' Makefile
@@ -56,7 +56,10 @@ demo: $(VENV)/.demo ## trains a network that reads handwritten digits, and draws
 	@echo
 	@echo 'The curves are in curves.png. To type aetheria without a path:  . $(BIN)/activate'
 
-test: lint ## style, types, floors, and every test with its coverage
+test: lint ## style, types, floors, and every test
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+coverage: $(VENV)/.test ## every test, and which lines none of them has run; a third slower
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov
 
 test-bare: ## the tests without any optional package, in a virtual environment of its own

@@ -213,7 +213,8 @@ def test_any_number_of_ranks_goes_on_with_the_same_samples(
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
-def test_damage_ends_a_run_or_is_told(tmp_path: Path) -> None:
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
     data = tmp_path / "data"
     samples = [{"number": number, "x": np.full(FEATURES, 0.1 * number)} for number in range(100)]
     write_shards(samples, data, block_bytes=1000, shard_bytes=3000, uid=1)
@@ -221,6 +222,11 @@ def test_damage_ends_a_run_or_is_told(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 64
     path.write_bytes(content)
+    return data
+
+
+def test_damage_ends_a_run_or_is_told(tmp_path: Path, damaged: Path) -> None:
+    data = damaged
     (lost,) = verify(data)
     single = {"train": str(data), "lanes": 4, "window": 8}
     with pytest.raises(DataError, match="shard-00000001"):
@@ -233,6 +239,14 @@ def test_damage_ends_a_run_or_is_told(tmp_path: Path) -> None:
     assert all("shard-00000001" in message for message in told)
     assert sum(int(message.split()[0]) for message in told) == lost.rows
     assert StreamingDataset(data).streams.plan.length == 100
+
+
+def test_what_one_rank_cannot_read_leaves_the_ranks_together(tmp_path: Path, damaged: Path) -> None:
+    data = {"train": str(damaged), "lanes": 4, "window": 8, "damaged": "quarantine"}
+    first, second = run_ranks(2, on_ranks, str(tmp_path / "runs"), data, 6, 1000, None)
+    assert first["weights"] == second["weights"]
+    assert first["step"] == second["step"] == 2 * 9
+    assert first["status"] == "completed"
 
 
 # --- a curriculum ----------------------------------------------------------------------------------------------------

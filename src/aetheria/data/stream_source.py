@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from loguru import logger
+
 from aetheria.core import MicroBatch
 from aetheria.data.ahead import Ahead, Processes, Threads
 from aetheria.data.cursor import Cursor
@@ -92,7 +94,9 @@ class StreamSource(BatchSource):
             handed_out[0] += 1
             for lost in delivery.lost:
                 self.data.lost += len(lost.ids)
-                self._notices.append(_told(lost.what, lost.ids))
+                self._notices.append(told := _told(lost.what, lost.ids))
+                if self._share[0]:  # the first rank's are in the run's record
+                    logger.warning("rank {}: {}", self._share[0], told)
             total = delivery.size if self._share[1] == 1 else len(delivery.together)
             together = delivery.ids if self._share[1] == 1 else delivery.together
             yield MicroBatch(delivery.data, delivery.size, delivery.ids, total, together, delivery.positions)
