@@ -167,9 +167,14 @@ def _stream(
     if role == "train":
         _check_batch_size(name, size, expected_batch_size)
     if not data.streams.plan.length:
-        raise DataError(
-            f"{name} is empty: {', '.join(str(one.folder) for one in data.streams.shards.values())} has no samples."
+        held = data.streams.shards.values()
+        folders, lost = ", ".join(str(one.folder) for one in held), sum(len(one) for one in held)
+        why = (
+            f"all {lost:,} samples are in quarantine, or in shards that were not chosen"
+            if lost
+            else "it has no samples"
         )
+        raise DataError(f"{name} is empty: {folders}: {why}.")
     if data.seed is None:
         data.streams.arrange(seed)
     ranks = share[1]

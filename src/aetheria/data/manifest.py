@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from aetheria.data.sealing import seal, unseal
 from aetheria.errors import DataDamagedError, DataError
 from aetheria.runs import fsync_directory, write_atomically
 
@@ -144,7 +144,7 @@ class Manifest:
     def encode(self) -> bytes:
         """Returns the file's content: sorted JSON whose key "seal" is the sha256 of the rest."""
         content = dataclasses.asdict(self)
-        return _dump(content | {"seal": hashlib.sha256(_dump(content)).hexdigest()})
+        return seal(content, indent=1)
 
     @property
     def digest(self) -> str:
@@ -192,25 +192,9 @@ class Manifest:
             DataError: it is of a newer format.
             DataDamagedError: a byte of it changed.
         """
-        try:
-            content = json.loads(raw)
-            seal, found_format = content.pop("seal"), content["format"]
-            sealed = hashlib.sha256(_dump(content)).hexdigest() == seal and _dump(content | {"seal": seal}) == raw
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataDamagedError(f"{where} is damaged: it does not read as a manifest ({error}).") from error
-        # The seal comes first, in every format there will be: a flipped bit must not pass for a newer format.
-        if not sealed:
-            raise DataDamagedError(f"{where} is damaged: its content does not match its seal.")
-        if found_format > FORMAT:
-            raise DataError(
-                f"{where} is in format {found_format}; this version of Aetheria reads up to {FORMAT}. Upgrade Aetheria."
-            )
+        content = unseal(raw, "a manifest", where, FORMAT, indent=1)
         content["parts"] = tuple(Part(**part) for part in content["parts"])
         return cls(**content)
-
-
-def _dump(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def encode_table(columns: dict[str, NDArray[Any]], types: dict[str, pa.DataType]) -> bytes:

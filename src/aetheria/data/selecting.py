@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import datetime
 import fcntl
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -27,6 +25,7 @@ from numpy.typing import NDArray
 from aetheria.data.blocks import map_file
 from aetheria.data.manifest import Manifest
 from aetheria.data.remote import is_url
+from aetheria.data.sealing import seal, unseal
 from aetheria.data.shards import Shards
 from aetheria.errors import DataDamagedError, DataError, did_you_mean
 from aetheria.runs import fsync_directory, write_atomically
@@ -143,8 +142,7 @@ class Selection:
             "created": self.created,
             "digest": self.digest,
         }
-        seal = hashlib.sha256(_dump(content)).hexdigest()
-        return _dump(content | {"seal": seal}) + self.bits.tobytes()
+        return seal(content) + self.bits.tobytes()
 
     @classmethod
     def decode(cls, raw: memoryview | bytes, where: str) -> Selection:
@@ -159,18 +157,7 @@ class Selection:
             DataDamagedError: a byte of it changed.
         """
         line = b"".join(bytes(raw[:_LONGEST]).partition(b"\n")[:2])
-        try:
-            content = json.loads(line)
-            seal, found_format = content.pop("seal"), content["format"]
-            sealed = hashlib.sha256(_dump(content)).hexdigest() == seal and _dump(content | {"seal": seal}) == line
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataDamagedError(f"{where} is damaged: it does not read as a selection ({error}).") from error
-        if not sealed:
-            raise DataDamagedError(f"{where} is damaged: what it says of itself does not match its seal.")
-        if found_format > FORMAT:
-            raise DataError(
-                f"{where} is in format {found_format}; this version of Aetheria reads up to {FORMAT}. Upgrade Aetheria."
-            )
+        content = unseal(line, "a selection", where, FORMAT)
         digest = content.pop("digest")
         del content["format"]
         found = cls(**content, bits=np.frombuffer(raw, dtype=np.uint8, offset=len(line)))
@@ -180,10 +167,6 @@ class Selection:
                 "copy."
             )
         return found
-
-
-def _dump(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True).encode() + b"\n"
 
 
 def _check_name(name: str) -> None:

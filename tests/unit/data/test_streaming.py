@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from aetheria.core import MicroBatch
 from aetheria.data import Cursor, Shards, StreamingDataset, prepare_loader, write_selection, write_shards
 from aetheria.data.fields import Image
-from aetheria.data.repairing import verify
+from aetheria.data.repairing import repair, verify
 from aetheria.errors import DataDamagedError, DataError
 
 COUNT = 997
@@ -414,6 +414,15 @@ def test_the_loop_refuses_what_cannot_be_trained_on(folder: Path, tmp_path: Path
     write_shards([], tmp_path, Image("RGB"))
     with pytest.raises(DataError, match="has no samples"):
         prepare_loader(stream(tmp_path), role="val", seed=0)
+
+
+def test_data_that_are_all_in_quarantine_say_so(tmp_path: Path) -> None:
+    write_shards(map(sample, range(20)), tmp_path)
+    (path,) = (tmp_path / "shards").iterdir()
+    path.write_bytes(path.read_bytes()[:-10])
+    repair(tmp_path)
+    with pytest.raises(DataError, match="all 20 samples are in quarantine"):
+        prepare_loader(stream(tmp_path), role="train", seed=0)
 
 
 def test_what_is_rarely_selected_can_be_changed_too(tmp_path: Path) -> None:
